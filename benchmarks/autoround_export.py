@@ -11,7 +11,8 @@ in an environment of its own:
 
 Settings are its own defaults except the rounds of tuning (200 there), the batch and the tokens; 0 rounds is its
 rounding to nearest with scales searched under an importance matrix. With ``--layers N`` only N layers, spread evenly,
-are tuned and the others stay 16 bits: rounds take minutes a layer. Prints seconds of the export.
+are tuned, as rounds take minutes a layer; what the file holds of the others is rounded and not to be compared
+(``autoround_peer --layers N`` does not). Prints seconds of the export.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def main() -> None:
     if options.layers:
         count = json.loads((options.prepared / "float/config.json").read_text())["num_hidden_layers"]
         chosen = set(np.linspace(0, count - 1, options.layers).astype(int).tolist())
-        # each in a list of its own, or the next one chosen is taken for the next layer
+        # a list of lists: a flat one ends in an error
         some["to_quant_block_names"] = [[f"model.layers.{layer}"] for layer in sorted(chosen)]
         some["ignore_layers"] = ",".join(f"model.layers.{layer}" for layer in range(count) if layer not in chosen)
     started = time.monotonic()

@@ -19,12 +19,22 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from level_texts import SomeTypes, articles, first_windows, fitting_windows, parsed, parser_of, part_of, per_document
+from level_texts import (
+    SomeTypes,
+    articles,
+    first_windows,
+    fitting_windows,
+    parsed,
+    parser_of,
+    part_of,
+    per_document,
+    weighed_only,
+    with_the_rest,
+)
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import WINDOW, Window
@@ -84,11 +94,9 @@ class Ours:
         if self._table is None:
             some = self._windows[:: max(1, len(self._windows) // 8)]
             choices = SomeTypes(frozenset(one.name for one in self._part.tensors), low=False)
-            found = weigh(self._source, some, threads=self._threads, choices=choices).table
-            self._table = replace(found, losses={name: own for name, own in found.losses.items() if own})
+            self._table = weighed_only(weigh(self._source, some, threads=self._threads, choices=choices).table)
         chosen = choose(self._table, self._part, Limits(bytes=size))
-        stored = {one.name: one.qtype for one in self._source.model.tensors}
-        recipe = replace(chosen, qtypes={**stored, **chosen.qtypes})
+        recipe = with_the_rest(chosen, self._source.model)
         settings = FeedbackSettings(threads=self._threads)
         made = write_with_feedback(self._source, recipe, self._keep / name, self._windows, settings=settings)
         took = f"{time.perf_counter() - started:.0f} s" + (", was there" if made.file.reused else "")

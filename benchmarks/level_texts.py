@@ -21,6 +21,7 @@ from bitladder.engines.llama import LlamaServer
 from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.tensors import TensorInfo
+from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.stages.fidelity import Candidate, token_scores
 from bitladder.stages.sensitivity import BlockTypes
 from bitladder.stats.bootstrap import ratio_interval
@@ -98,6 +99,17 @@ class SomeTypes(BlockTypes):
     def of(self, info: TensorInfo) -> tuple[str, ...]:
         """As ``Choices``."""
         return super().of(info) if info.name in self.names else ()
+
+
+def weighed_only(table: SensitivityTable) -> SensitivityTable:
+    """The table without tensors that were not weighed."""
+    return dataclasses.replace(table, losses={name: own for name, own in table.losses.items() if own})
+
+
+def with_the_rest(recipe: Recipe, model: Model) -> Recipe:
+    """A recipe of a part of the model, all other tensors as they are stored."""
+    stored = {one.name: one.qtype for one in model.tensors}
+    return dataclasses.replace(recipe, qtypes={**stored, **recipe.qtypes})
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ each ingredient alone.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -38,6 +37,8 @@ from level_texts import (
     parsed,
     parser_of,
     part_of,
+    weighed_only,
+    with_the_rest,
 )
 from libgguf_here import libgguf_or_exit
 from numpy.typing import NDArray
@@ -126,10 +127,8 @@ def candidates(
     part, low = part_of(source.model, options.layers), options.levels.startswith("IQ")
     names = frozenset(one.name for one in part.tensors)
     choices = SomeTypes(names, low=low) if options.layers else BlockTypes(low=low)
-    table = kept_table(source, windows[:: max(1, len(windows) // 8)], choices, options)
-    table = dataclasses.replace(table, losses={name: own for name, own in table.losses.items() if own})
+    table = weighed_only(kept_table(source, windows[:: max(1, len(windows) // 8)], choices, options))
     found: list[Side] = []
-    stored = {one.name: one.qtype for one in source.model.tensors}
     for level in options.levels.split(","):
         mix = assign(level, source.model.tensors, source.model.dims, has_importance=True)
         mix = {name: qtype for name, qtype in mix.items() if name in names}
@@ -149,7 +148,7 @@ def candidates(
             fed.append(("feedback", named))
         for side, recipe in fed:
             started = time.perf_counter()
-            whole = dataclasses.replace(recipe, qtypes={**stored, **recipe.qtypes})
+            whole = with_the_rest(recipe, source.model)
             settings = FeedbackSettings(threads=options.threads, effort=options.effort)
             fitted = write_with_feedback(
                 source, whole, options.keep / level, windows, settings=settings, tuning=tuning, progress=tuning_told

@@ -92,6 +92,14 @@ def test_only_numbers_move_and_what_is_said_is_what_the_file_loses(tiny, tmp_pat
     assert again.file.reused
 
 
+def test_steps_are_as_many_as_the_text_allows(tiny, tmp_path, monkeypatch):
+    source, made, fitting, own = tiny
+    asked = []
+    monkeypatch.setattr(TuneSettings, "for_windows", lambda count: asked.append(count) or QUICK)
+    write_with_feedback(source, made, tmp_path, fitting, settings=SETTINGS, tuning=own)
+    assert set(asked) == {len(own)} != {len(fitting)}
+
+
 def test_a_file_that_tuning_does_not_help_has_the_bytes_it_had(tiny, tmp_path, monkeypatch):
     source, made, fitting, own = tiny
     monkeypatch.setattr(TuneSettings, "for_windows", lambda _: replace(QUICK, rate=500))

@@ -10,7 +10,7 @@ from bitladder.plan.tuning import held_places
 from bitladder.stages.write_levels import quantize_levels
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.tuned import FileBytes, TunedWeights
-from bitladder.walk.tuning import TuneSettings, TuningPass, helps, tune
+from bitladder.walk.tuning import Adam, TuneSettings, TuningPass, helps, tune
 from bitladder.walk.weights import FileWeights
 
 
@@ -126,6 +126,34 @@ def test_a_fall_must_be_more_than_chance():
     assert not helps(before, before - [2.0, -1.0, 2.0, -1.0])
     assert not helps(before, before)
     assert not helps(before[:1], before[:1] - 1)
+
+
+def test_first_steps_are_short_and_steps_along_what_stays_are_whole():
+    adam = Adam({"w": np.ones(4, np.float32)}, {"w": "each"}, TuneSettings(steps=100, rate=0.01))
+    slope, places = np.array([1, -1, 1e-3, -1e3], np.float32), [np.zeros(4)]
+    for _ in range(50):
+        adam({"w": slope})
+        places.append(adam.moved["w"])
+    np.testing.assert_allclose(places[1] - places[0], -0.001 * np.sign(slope), rtol=1e-3)
+    np.testing.assert_allclose(places[50] - places[49], -0.01 * np.sign(slope), rtol=0.02)
+
+
+@pytest.mark.parametrize("level", [("llama", "Q8_0")], indirect=True)
+def test_a_level_that_loses_little_is_moved_little(level):
+    passes, file = level
+    grains, settings = dict.fromkeys(_tunable(passes, file), "each"), TuneSettings(steps=1, rate=0.01)
+    lost = passes.lost(HELD)
+    share = lost.kl.sum() / lost.tokens.sum() / 0.1
+    assert share < 0.5  # or it is no such level
+    moved = []
+
+    def told(_, step):
+        if step:
+            start = {name: passes.tuned.start(name) for name in grains}
+            moved.append(max(np.abs(passes.tuned.numbers[name] / own - 1).max() for name, own in start.items()))
+
+    tune(passes, grains, HELD, settings, told=told)
+    assert moved == [pytest.approx(0.01 * 0.1 * share, rel=0.02)]
 
 
 def test_a_longer_text_is_tuned_on_in_more_steps_and_seen_about_once():

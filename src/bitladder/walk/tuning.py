@@ -42,7 +42,7 @@ REVISION = "2"
 """Raised whenever tuned numbers change for another reason than settings."""
 _MEAN, _SQUARE = 0.9, 0.95
 """How slowly Adam forgets slopes and their squares: few steps are made."""
-_SHORTER = np.float32(0.3)
+_SHORTER = 0.3
 """What a step becomes of itself where held-out text lost more after some of them."""
 _MUCH = 0.1
 """A divergence (nats per token) from which on steps have their full size. What loses less is nearer to where it is
@@ -298,23 +298,21 @@ class Adam:
     all numbers moved along them at once lose more than they gain.
     """
 
-    def __init__(
-        self, start: Mapping[str, F32], grains: Mapping[str, Grain], settings: TuneSettings, share: float = 1.0
-    ) -> None:
-        """``share``: of the settings' rate."""
+    def __init__(self, start: Mapping[str, F32], grains: Mapping[str, Grain], settings: TuneSettings) -> None:
         self.start, self._settings = start, settings
         self._shapes = {name: shape_of(grains[name], own.shape) for name, own in start.items()}
         self.moved = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
         self._mean = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
         self._square = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
-        self._share = np.float32(share)
+        self.share = 1.0
+        """Of the settings' rate."""
         self.step = 0
 
     def __call__(self, found: Mapping[str, F32]) -> None:
         """Make a step along these slopes; the last steps are short."""
         self.step += 1
         steps = self._settings.steps
-        rate = self._share * self._settings.rate * min(1.0, max(0.05, (steps - self.step + 1) / (0.4 * steps)))
+        rate = self.share * self._settings.rate * min(1.0, max(0.05, (steps - self.step + 1) / (0.4 * steps)))
         for name, slope in found.items():
             axes = tuple(at for at, size in enumerate(self._shapes[name]) if size == 1)
             own = (slope * self.start[name]).sum(axis=axes, keepdims=True)
@@ -322,7 +320,7 @@ class Adam:
             mean += (1 - _MEAN) * (own - mean)
             square += (1 - _SQUARE) * (own * own - square)
             size = np.sqrt(square / (1 - _SQUARE**self.step)) + np.float32(1e-20)
-            self.moved[name] -= np.float32(rate) * mean / size
+            self.moved[name] = self.moved[name] - np.float32(rate) * mean / size  # others may hold the old ones
 
     def numbers(self) -> dict[str, F32]:
         """As they are now."""
@@ -330,20 +328,20 @@ class Adam:
 
     def back_to(self, moved: Mapping[str, F32]) -> None:
         """Go on from there, where these steps led nowhere, in shorter ones."""
-        self.moved = {name: own.copy() for name, own in moved.items()}
+        self.moved.update(moved)
         for own in self._mean.values():
             own[:] = 0
-        self._share *= _SHORTER
+        self.share *= _SHORTER
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What ``resume`` takes back."""
         parts = (("moved", self.moved), ("mean", self._mean), ("square", self._square))
         held = {f"{part}.{name}": own for part, values in parts for name, own in values.items()}
-        return {**held, "share": np.array(self._share)}
+        return {**held, "share": np.array(self.share)}
 
     def resume(self, step: int, arrays: Arrays) -> None:
         """Go on after so many steps."""
-        self.step, self._share = step, np.float32(arrays["share"])
+        self.step, self.share = step, float(arrays["share"])
         for part, values in (("moved", self.moved), ("mean", self._mean), ("square", self._square)):
             for name in values:
                 values[name] = np.array(arrays[f"{part}.{name}"], np.float32)
@@ -390,16 +388,14 @@ def tune(
     """
     tuned = passes.tuned
     start = {name: own for name in grains if (own := tuned.start(name)).size}
-    order = _order(passes, held, settings)
+    adam, order = Adam(start, grains, settings), _order(passes, held, settings)
     tuned.numbers = dict(start)
     kept = notes.load() if notes else None
     if kept is None:
         before = passes.lost(held)
-        lost = float(before.kl.sum() / before.tokens.sum())
-        adam = Adam(start, grains, settings, min(1.0, lost / _MUCH))
-        best, after, best_moved = 0, before.kl, {name: own.copy() for name, own in adam.moved.items()}
+        adam.share = min(1.0, float(before.kl.sum() / before.tokens.sum()) / _MUCH)
+        best, after, best_moved = 0, before.kl, dict(adam.moved)
     else:
-        adam = Adam(start, grains, settings)
         adam.resume(int(kept["step"]), kept)
         before = Found(kept["before"], kept["tokens"], {})
         best, after = int(kept["best"]), kept["after"]
@@ -415,7 +411,7 @@ def tune(
             seen = passes.lost(held)
             news = f"held-out KL {seen.kl.sum() / seen.tokens.sum():.4f}"
             if seen.kl.sum() < after.sum():
-                best, after, best_moved = adam.step, seen.kl, {name: own.copy() for name, own in adam.moved.items()}
+                best, after, best_moved = adam.step, seen.kl, dict(adam.moved)
             else:
                 adam.back_to(best_moved)
         told(news, adam.step)
