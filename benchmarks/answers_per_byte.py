@@ -13,12 +13,13 @@ p-value of the paired permutation test between both sides.
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from level_texts import fitting_windows
-from quality_per_byte import GgmlQuantizer
+from quality_per_byte import F32, GgmlQuantizer
 
 from bitladder.describe.similarity import chrf
 from bitladder.describe.windows import WINDOW
@@ -39,7 +40,9 @@ from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.weights import FileWeights, MadeWeights
 
 
-def their_file(source: GgufFile, level: str, theirs: GgmlQuantizer, importance, folder: Path, threads: int) -> Path:
+def their_file(
+    source: GgufFile, level: str, theirs: GgmlQuantizer, importance: Mapping[str, F32], folder: Path, threads: int
+) -> Path:
     """A level's file with every quantized tensor's bytes replaced by ggml's."""
     made = quantize_levels(source, [level], folder, importance=importance, effort="fast", threads=threads)[0].path
     mix = assign(level, source.model.tensors, source.model.dims, has_importance=True)

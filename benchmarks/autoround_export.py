@@ -39,7 +39,8 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     tokens = torch.from_numpy(np.load(options.prepared / "tokens.npy")[: options.windows])
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in tokens.split(options.batch)]
+    parts = torch.split(tokens, options.batch)
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
     some: dict[str, object] = {}
     if options.layers:
         count = json.loads((options.prepared / "float/config.json").read_text())["num_hidden_layers"]

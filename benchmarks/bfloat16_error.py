@@ -78,7 +78,7 @@ def decoded(level: str, weights: F32, seen: InputStatistics) -> F32:
         data = quantize(weights, level, importance=seen.squares.astype(np.float32), threads=1)
         return np.asarray(dequantize(data, level, threads=1), np.float32)
     named = parse_checkpoint(level)
-    form, method = named.format, named.method
+    (form,), method = named.format.forms, named.method
     if method.statistics is Statistics.FEEDBACK:
         return method.apply(form, method.prepare(seen.gram), weights).decoded
     scales = method.factors(form, seen.gram, seen.largest, [weights])

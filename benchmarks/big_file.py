@@ -27,7 +27,7 @@ from bitladder.files.gguf_writer import encoded, layout
 from bitladder.formats import gguf
 from bitladder.formats.recipes import assign
 from bitladder.formats.tensors import TensorInfo
-from bitladder.kernels import dequantize, first_nonfinite, quantize
+from bitladder.kernels import Effort, dequantize, first_nonfinite, quantize
 from bitladder.stages.write_levels import pieces_of
 
 LEVELS = ("Q8_0", "Q5_K_M", "Q4_K_M")
@@ -115,7 +115,7 @@ def read_seconds(path: Path) -> float:
     return time.perf_counter() - started
 
 
-def kernel_seconds(path: Path, effort: str, threads: int) -> float:
+def kernel_seconds(path: Path, effort: Effort, threads: int) -> tuple[float, float]:
     """Decode, check and quantize every sixteenth piece from memory, on all threads; scaled to all pieces by
     weights.
     """
@@ -130,7 +130,7 @@ def kernel_seconds(path: Path, effort: str, threads: int) -> float:
             weights = dequantize(raw[index], "F16")
             assert first_nonfinite(weights) is None
             for qtype in {mix[sample[index].info.name] for mix in mixes}:
-                quantize(weights, qtype, effort=effort)  # type: ignore[arg-type]
+                quantize(weights, qtype, effort=effort)
 
         work(0)
         started, cpu = time.perf_counter(), time.process_time()

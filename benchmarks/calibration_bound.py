@@ -5,7 +5,8 @@
 Quantizes layer 1 twice in f32 and twice in bfloat16, in turns, over the same random tokens (cost does not depend on
 them), layer 0 first so that kernels are compiled. Prints processor seconds of a layer, the share spent in products of
 matrices (linear layers, Gram matrices, attention), their rate, and this machine's rate in one large product of each
-type, measured between them. The model is not shipped.
+type, measured between them. The level goes alone: the pass of the source that a walk has beside it is not counted. The
+model is not shipped.
 """
 
 import argparse
@@ -18,8 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.files.gguf import GgufFile
+from bitladder.files.layer_store import LayerStore
 from bitladder.formats.disk_names import quantized_parameters
-from bitladder.levels import parse_level
+from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.walk.driver import Stream
 from bitladder.walk.gptq import GptqLevel
 from bitladder.walk.keep import Arrays
@@ -32,6 +34,14 @@ from bitladder.walk.weights import FileWeights
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise")
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 BATCH_TOKENS = 1024
+
+
+class Nowhere(LayerStore):
+    """Nothing is ever written there."""
+
+    def is_complete(self) -> bool:
+        """As ``LayerStore``."""
+        return False
 
 
 class Dropped(GptqLevel):
@@ -83,7 +93,10 @@ def main() -> None:
         flops = layer_flops(model, model.layer(1, weights), len(windows) * WINDOW)
         print(f"{flops / 1e9:.0f} GFLOP a layer; bfloat16 instructions: {half_products_pay()}")
         for half in (False, True, False, True):
-            level = Dropped(model, weights, parse_level(options.level), None, torch.float16)
+            level = Dropped(
+                model, weights, parse_checkpoint(options.level), Nowhere(Path("nowhere"), ""), torch.float16, batches,
+                budget_bytes=0,
+            )  # fmt: skip
             stream = Stream(model, [level], batches, state_bytes=1 << 40, half=half)
             stream.enter()
             stream.through(0)

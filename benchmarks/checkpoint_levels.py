@@ -25,10 +25,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from level_texts import first_windows
+from numpy.typing import NDArray
 
 from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window, text_windows
@@ -37,6 +39,7 @@ from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.texts import shipped_texts
 from bitladder.levels.checkpoints import parse_checkpoint
+from bitladder.progress import StepsOnly
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.fidelity import Candidate, fidelity, token_scores
 from bitladder.stats.bootstrap import ratio_interval
@@ -107,7 +110,7 @@ def prepare(gguf: Path, windows: Sequence[Window], folder: Path) -> None:
     """What peers read: the GGUF's weights as a float checkpoint, and the calibration tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -116,7 +119,9 @@ def prepare(gguf: Path, windows: Sequence[Window], folder: Path) -> None:
     np.save(folder / "tokens.npy", np.stack([window.tokens for window in windows]))
 
 
-def build(source: GgufFile, options: argparse.Namespace, calibration: Sequence[Window], measuring: Sequence[Window]):
+def build(
+    source: GgufFile, options: argparse.Namespace, calibration: Sequence[Window], measuring: Sequence[Window]
+) -> list[tuple[str, str, Path]]:
     """Our levels' folders, after saying what they took."""
     levels = options.levels.split(",")
     started, cpu = time.monotonic(), time.process_time()
@@ -125,7 +130,7 @@ def build(source: GgufFile, options: argparse.Namespace, calibration: Sequence[W
         source, wanted, Reading(calibration, measuring=measuring),
         out_dir=options.out, name=options.model.stem, settings=Settings(threads=options.threads),
     )  # fmt: skip
-    reports = job.run(say).checkpoints
+    reports = job.run(StepsOnly(say)).checkpoints
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"\n{options.levels}, {len(calibration)} windows, {options.threads} threads:", end=" ")
@@ -136,7 +141,10 @@ def build(source: GgufFile, options: argparse.Namespace, calibration: Sequence[W
 def compare(own: TokenScores, peer: TokenScores, windows: Sequence[Window]) -> str:
     """KL of ours as a share of the peer's and less it, ratio of perplexities, each with its interval over articles."""
     cluster = np.concatenate([np.full(window.scored, at) for at, window in enumerate(windows)])
-    sums = lambda values: np.bincount(cluster, weights=values)  # noqa: E731 - four uses, one line
+
+    def sums(values: NDArray[np.floating]) -> NDArray[np.float64]:
+        return np.bincount(cluster, weights=values).astype(np.float64)
+
     rng = np.random.default_rng(0)
     kl = ratio_interval(sums(own.kl - peer.kl), sums(np.ones(len(cluster))), rng)
     share = ratio_interval(sums(own.kl), sums(peer.kl), rng, scale="log")

@@ -78,8 +78,9 @@ def llmcompressor(source: Path, out: Path, tokens: Any, recipe: list[Any]) -> No
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
-    torch.Tensor.pin_memory = lambda self, *_: self  # a CPU build of torch has nothing to pin memory for
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    # a CPU build of torch has nothing to pin memory for
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
     oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=tokens.shape[1], num_calibration_samples=len(data))
     model.to(torch.float16).save_pretrained(out, save_compressed=True)

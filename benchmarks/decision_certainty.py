@@ -22,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from bitladder.plan.decide import decide
+from bitladder.records.decision import Decision
 from bitladder.records.evaluation import WorkloadResult
 from bitladder.stats.bootstrap import ratio_interval
 from bitladder.stats.paired import mcnemar
@@ -58,7 +59,7 @@ def drawn_ladder(rng: np.random.Generator) -> Ladder:
     return Ladder(kl, rng.uniform(0.3, 0.9), np.minimum(0.5, 0.15 * kl), speed, rng.uniform(0.003, 0.04))
 
 
-def one_run(ladder: Ladder, rng: np.random.Generator, documents: int = DOCUMENTS, outliers: float = 0.0):
+def one_run(ladder: Ladder, rng: np.random.Generator, documents: int = DOCUMENTS, outliers: float = 0.0) -> Decision:
     """The decision of one run: its own documents, inputs and rounds."""
     hard = rng.normal(0, ladder.spread, documents)
     if outliers:

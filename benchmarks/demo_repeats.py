@@ -18,14 +18,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bitladder.files.demo import NAME, fetch_demo
 
 
 @contextmanager
-def busy(*, wanted: bool):
+def busy(*, wanted: bool) -> Iterator[None]:
     """Beside a process that takes a core, or not."""
     if not wanted:
         yield
@@ -38,7 +40,7 @@ def busy(*, wanted: bool):
         other.wait()
 
 
-def one_run(file: Path, model: str, more: list[str]) -> tuple[float, dict]:
+def one_run(file: Path, model: str, more: list[str]) -> tuple[float, dict[str, Any]]:
     """Seconds, and the decision."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
@@ -55,7 +57,7 @@ def one_run(file: Path, model: str, more: list[str]) -> tuple[float, dict]:
         return seconds, json.loads((home / "out" / "run.json").read_text())["decision"]
 
 
-def pair(found: dict) -> str:
+def pair(found: dict[str, Any]) -> str:
     """As one reads it."""
     quality, speed = found["quality"], found["speed"]
     return str(quality) if quality == speed else f"{quality} with {speed}"

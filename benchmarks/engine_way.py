@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ def main() -> int:
         build = Build(out=Path(folder), imatrix="none")
         built = build_levels(str(source), parse_levels(LEVELS), build, Work(threads=options.threads))
         files = [str(file.path) for file in built.files]
-        found: dict[str, list[dict[str, object]]] = {}
+        found: dict[str, list[dict[str, Any]]] = {}
         for _ in range(options.rounds):
             for name in ("fidelity, walk", "fidelity, engine", "importance, walk", "importance, engine"):
                 command = [sys.executable, __file__, "--windows", str(options.windows)]

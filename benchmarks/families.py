@@ -116,7 +116,7 @@ def reason_of(text: str) -> tuple[str, str]:
     said = [re.sub(r"\S*/tmp\S*/", "", line.removeprefix("error: ")) for line in lines[at:]]
     message = " ".join(said)
     word = next((word for pattern, word in REASONS if re.search(pattern, message)), "other")
-    causes = [found[found.lastindex] for line in said if (found := re.search(CAUSE, line))]
+    causes = [found[found.lastindex or 0] for line in said if (found := re.search(CAUSE, line))]
     return word, causes[-1] if causes else re.split(r"(?<=\w)\.(?= |$)", message)[0][:300]
 
 
@@ -198,7 +198,7 @@ def main() -> None:
     from tiny_configs import CONFIGS
     from tiny_tokenizers import converter_that_knows
 
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with contextlib.ExitStack() as stack:
         work = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.environ["BITLADDER_DATA"] = str(work / "data")

@@ -19,7 +19,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bitladder.describe.text import Document
 from bitladder.describe.windows import WINDOW, Window, text_windows
@@ -80,7 +82,7 @@ def main() -> int:
         return 1
     torch.set_num_threads(options.threads)
     levels = options.levels.split(",")
-    importance: Mapping[str, object] | None = None
+    importance: Mapping[str, NDArray[np.float32]] | None = None
     with GgufFile.open(options.model) as source:
         with LlamaServer(Launch(options.model, n_ctx=512, threads=options.threads)) as server:
             windows = whole_windows(server, source, options.text, MEASURE_BYTES)

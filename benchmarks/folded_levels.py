@@ -24,6 +24,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.files.texts import shipped_texts
 from bitladder.levels import FoldedLevel
 from bitladder.levels.products import ImportanceVectors
+from bitladder.progress import StepsOnly
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.fidelity import file_candidate, walk
 from bitladder.stages.write_levels import quantize_levels
@@ -45,7 +46,9 @@ def say(what: str, done: float, total: float) -> None:
     print(f"\r{what} ({done:.0f}/{total:.0f})".ljust(110), end="", file=sys.stderr, flush=True)
 
 
-def read(source: GgufFile, calibrate: Path | None, text: Path, count: int, threads: int) -> tuple[list, list[Window]]:
+def read(
+    source: GgufFile, calibrate: Path | None, text: Path, count: int, threads: int
+) -> tuple[list[Window], list[Window]]:
     """Windows to calibrate on and to measure on; each measuring window is a document of its own."""
     with LlamaServer(Launch(source.path, n_ctx=WINDOW, threads=threads)) as server:
 
@@ -72,7 +75,8 @@ def main() -> None:
         name=source.model.name,
         settings=Settings(threads=options.threads),
     )
-    found = job.run(say)
+    found = job.run(StepsOnly(say))
+    assert found.importance is not None
     importance = found.importance.vectors()
     for scales in found.report.folded:
         worst = np.nanmean([one.loss for one in scales.linears])
@@ -85,7 +89,7 @@ def main() -> None:
             )
     candidates = [file_candidate(source, GgufFile.open(file.path), level=file.level) for file in files]
     print(f"\n{'level':12} {'bytes':>12} {'mean KL':>8} {'95% interval':>18} {'perplexity':>10} {'top-1':>6}")
-    found_levels = walk(source, candidates, measuring, progress=say, threads=options.threads)
+    found_levels = walk(source, candidates, measuring, progress=StepsOnly(say), threads=options.threads)
     for file, one in zip(files, found_levels, strict=True):
         print(
             f"\n{one.level:12} {file.bytes:12,} {one.kl_mean:8.4f} {one.kl_low:8.4f}..{one.kl_high:8.4f} "

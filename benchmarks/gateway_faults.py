@@ -52,8 +52,8 @@ class Tormented:
 
     def start(self) -> None:
         """Start it, with its own share of misbehaviour."""
-        options = {"first_ms": 5.0, "interval_ms": 5.0, "port": self.port, "mischief": 0.05}
-        _, self.process = self._stack.enter_context(gateway_setup.fake_engine(self.model, **options))
+        engine = gateway_setup.fake_engine(self.model, first_ms=5.0, interval_ms=5.0, port=self.port, mischief=0.05)
+        _, self.process = self._stack.enter_context(engine)
 
     async def die(self) -> None:
         """SIGKILL, half a second of nothing, start again."""

@@ -65,8 +65,9 @@ async def measure(requests: int, clients: int, processes: int, *, disturbed: boo
         engines: list[tuple[str, subprocess.Popen[str]]] = []
         for number in range(REPLICAS):
             slow = disturbed and number == 0
-            options = {"first_ms": SLOW_MS if slow else FIRST_MS, "interval_ms": INTERVAL_MS}
-            engines.append(stack.enter_context(gateway_setup.fake_engine(**options)))
+            first_ms = SLOW_MS if slow else FIRST_MS
+            engine = gateway_setup.fake_engine(first_ms=first_ms, interval_ms=INTERVAL_MS)
+            engines.append(stack.enter_context(engine))
         urls = [url for url, _ in engines]
         gateway, _ = stack.enter_context(gateway_setup.our_replicas(*urls, processes=processes))
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:

@@ -28,8 +28,9 @@ async def one(session: aiohttp.ClientSession, url: str, chance: random.Random) -
     """One request of some kind: what became of it, and seconds to its first byte."""
     stream, mood = chance.random() < 0.7, chance.random()
     text = "hello " * chance.randrange(1, 400)
-    body = {"model": chance.choice(("quality", "speed", "auto")), "max_tokens": TOKENS, "stream": stream}
-    body["messages"] = [{"role": "user", "content": text}]
+    model = chance.choice(("quality", "speed", "auto"))
+    message = {"role": "user", "content": text}
+    body = {"model": model, "max_tokens": TOKENS, "stream": stream, "messages": [message]}
     began = time.perf_counter()
     async with session.post(f"{url}/v1/chat/completions", json=body) as response:
         received = await response.content.readany()
@@ -56,8 +57,8 @@ async def main() -> int:
     memory: list[int] = []
     firsts: list[float] = []
     chance = random.Random(0)
-    fake = {"first_ms": 20.0, "interval_ms": 10.0}
-    with gateway_setup.fake_engine(**fake) as (engine, _), gateway_setup.our_gateway(engine) as (gateway, process):
+    fake = gateway_setup.fake_engine(first_ms=20.0, interval_ms=10.0)
+    with fake as (engine, _), gateway_setup.our_gateway(engine) as (gateway, process):
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
             async def client() -> None:

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import gateway_setup
 import numpy as np
@@ -80,14 +80,20 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def open_streams(url: str, count: int, tokens: int) -> list[Stream]:
+async def open_stream(address: SplitResult, tokens: int) -> Stream:
     loop = asyncio.get_running_loop()
+    stream = Stream(tokens, loop.create_future())
+    assert address.hostname is not None
+    assert address.port is not None
+    await loop.create_connection(lambda: stream, address.hostname, address.port)
+    return stream
+
+
+async def open_streams(url: str, count: int, tokens: int) -> list[Stream]:
     address = urlsplit(url)
     streams = []
     for number in range(count):
-        stream = Stream(tokens, loop.create_future())
-        await loop.create_connection(lambda chosen=stream: chosen, address.hostname, address.port)
-        streams.append(stream)
+        streams.append(await open_stream(address, tokens))
         if number % 50 == 49:
             await asyncio.sleep(0.05)
     return streams

@@ -74,10 +74,10 @@ def compare(options: argparse.Namespace, work: Path) -> int:
     before, after = found
     wrong = 0
     for name in before | after:
-        own = [
+        one, other = (
             {key: value for key, value in side.get(name, {}).items() if key not in ("seconds", "cpu")} for side in found
-        ]
-        lines = differences(*own)
+        )
+        lines = differences(one, other)
         wrong += bool(lines)
         if lines:
             print(f"{name}: {len(lines)} differences")

@@ -15,6 +15,7 @@ on a logarithmic scale.
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
@@ -48,7 +49,9 @@ def nll_with_outliers(rng: Rng, tokens: int) -> np.ndarray:
     return nll_difference(rng, tokens) + 0.3 * (rng.random() < 1 / 10)
 
 
-SHAPES: dict[str, tuple[Callable[[Rng, int], np.ndarray], float, str, str]] = {
+Shape = tuple[Callable[[Rng, int], np.ndarray], float, Literal["plain", "log"], Literal["more", "less"]]
+"""Draws a document of so many tokens; the true figure; the interval's scale, and which way is worse."""
+SHAPES: dict[str, Shape] = {
     "KL": (kl, np.exp(-3 + 0.5**2 / 2 + 1.5**2 / 2), "log", "more"),
     "nll difference": (nll_difference, 0.05, "plain", "more"),
     "top-1": (top1, 18 / 21, "plain", "less"),

@@ -14,27 +14,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from libgguf_here import libgguf_or_exit
+from numpy.typing import NDArray
 
 from bitladder.kernels import dequantize, quantize
-from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE
+from bitladder.kernels.rows import AFFINE, EFFORTS, SCALE, Effort
 
-Samples = Iterator[tuple[str, np.ndarray, np.ndarray]]
+F32 = NDArray[np.float32]
+Samples = Iterator[tuple[str, F32, F32]]
 
 
-def drawn_importance(columns: int) -> np.ndarray:
+def drawn_importance(columns: int) -> F32:
     return np.random.default_rng(columns).lognormal(0, 1.5, columns).astype(np.float32)
 
 
 def model_samples(path: Path, imatrix: Path | None, rows: int) -> Samples:
     from bitladder.files.gguf import GgufFile
 
-    known: dict[str, np.ndarray] = {}
+    known: Mapping[str, F32] = {}
     if imatrix is not None:
         from bitladder.files.imatrix import read_imatrix
 
@@ -54,17 +56,18 @@ def made_samples() -> Samples:
         yield kind, sample(kind), sample_importance()
 
 
-def ggml_weights(x: np.ndarray, qtype: str) -> np.ndarray:
+def ggml_weights(x: F32, qtype: str) -> F32:
     """What ggml multiplies squared errors with when it has no importance matrix."""
     if qtype == "Q2_K":
         return np.abs(x)
     if qtype in ("Q4_K", "Q5_K"):
         parts = x.reshape(-1, 32)
-        return (np.sqrt((parts * parts).mean(-1, keepdims=True)) + np.abs(parts)).reshape(x.shape)
+        weights: F32 = np.sqrt((parts * parts).mean(-1, keepdims=True)) + np.abs(parts)
+        return weights.reshape(x.shape)
     return x * x
 
 
-def errors(x: np.ndarray, back: np.ndarray, qtype: str, importance: np.ndarray | None) -> dict[str, float]:
+def errors(x: F32, back: F32, qtype: str, importance: F32 | None) -> dict[str, float]:
     square = (x.astype(np.float64) - back) ** 2
     if importance is not None:
         return {"importance": float((square * importance).sum())}
@@ -85,7 +88,7 @@ def main() -> None:
         for weighted in (False, True):
             if not weighted and libgguf.quantize_requires_imatrix(libgguf.GGMLQuantizationType[qtype]):
                 continue
-            shares: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
+            shares: dict[tuple[Effort, str], list[tuple[float, float, str]]] = {}
             for name, x, drawn in samples:
                 importance = drawn if weighted else None
                 stored = libgguf.quantize_rows(x, libgguf.GGMLQuantizationType[qtype], imatrix=importance)

@@ -36,6 +36,7 @@ from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.levels.checkpoints.mixed import SCHEMES
 from bitladder.plan.recipe import Limits
 from bitladder.plan.schemes import choose_schemes
+from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.fidelity import Candidate, folder_candidate, token_scores
 from bitladder.stages.schemes import SchemeStorage
@@ -45,7 +46,9 @@ from bitladder.stats.bootstrap import ratio_interval
 from bitladder.walk.checkpoint_walk import Settings
 
 
-def table_of(source: GgufFile, storage: SchemeStorage, windows: Sequence[Window], options: argparse.Namespace):
+def table_of(
+    source: GgufFile, storage: SchemeStorage, windows: Sequence[Window], options: argparse.Namespace
+) -> SensitivityTable:
     """Predicted losses, kept beside the levels."""
     kept = options.keep / "table.json"
     if (table := read_table(kept)) is None:

@@ -66,7 +66,8 @@ def student_of(model: Any, tensors: dict[str, torch.Tensor], group: int) -> dict
     """Put the quantized matrices in the place of the model's; returns them by name."""
     made: dict[str, Groups] = {}
     for name in [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]:
-        made[name] = Groups(*(tensors[f"{name}.{leaf}"] for leaf in ("weight", "scales", "biases")), group)
+        weight, scales, biases = (tensors[f"{name}.{leaf}"] for leaf in ("weight", "scales", "biases"))
+        made[name] = Groups(weight, scales, biases, group)
         owner, _, leaf = name.rpartition(".")
         if name == "model.embed_tokens":
             model.model.embed_tokens = Table(made[name])
@@ -88,7 +89,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     started = time.monotonic()
     tokens = torch.from_numpy(np.load(options.prepared / "tokens.npy")[: options.windows].astype(np.int64))
-    teacher: Any = AutoModelForCausalLM.from_pretrained(options.prepared / "float", dtype=torch.bfloat16).eval()
+    teacher: Any = AutoModelForCausalLM.from_pretrained(options.prepared / "float", dtype=torch.bfloat16)
+    teacher.eval()
     student: Any = AutoModelForCausalLM.from_pretrained(options.prepared / "float", dtype=torch.float32)
     tensors = load_file(options.plain / "model.safetensors")
     made = student_of(student, tensors, options.group)
@@ -111,7 +113,7 @@ def main() -> None:
         own = (logits.float() / _TEMPERATURE).log_softmax(-1)
         loss = functional.kl_div(own, wanted, log_target=True, reduction="sum") / len(own)
         adam.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
         losses.append(float(loss.detach()))
         if len(losses) % len(tokens) == 0:

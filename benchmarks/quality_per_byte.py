@@ -53,6 +53,7 @@ from bitladder.files.imatrix import read_imatrix, write_imatrix
 from bitladder.files.texts import read_texts, shipped_texts
 from bitladder.formats.recipes import assign
 from bitladder.plan.recipe import Limits, choose, recipe_bytes
+from bitladder.progress import StepsOnly
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
 from bitladder.records.recipe import Recipe, SensitivityTable
@@ -76,7 +77,9 @@ class GgmlQuantizer(Quantizer):
 
     def identity(self, name: str, qtype: str) -> Any:
         """Not to be taken for our bytes."""
-        return "ggml", *super().identity(name, qtype)
+        own = super().identity(name, qtype)
+        assert isinstance(own, tuple)
+        return "ggml", *own
 
     def _pack(self, name: str, weights: F32, qtype: str, rows: Any) -> NDArray[np.uint8]:
         kept = self.keep / f"{cache_key(name, qtype, repr(self.identity(name, qtype)))[:32]}.npy"
@@ -151,8 +154,9 @@ def candidates(
             whole = with_the_rest(recipe, source.model)
             settings = FeedbackSettings(threads=options.threads, effort=options.effort)
             fitted = write_with_feedback(
-                source, whole, options.keep / level, windows, settings=settings, tuning=tuning, progress=tuning_told
-            )
+                source, whole, options.keep / level, windows, settings=settings, tuning=tuning,
+                progress=StepsOnly(tuning_told),
+            )  # fmt: skip
             took = f"{time.perf_counter() - started:.0f} s" + (", was there" if fitted.file.reused else "")
             print(f"{level} {side}: {recipe.label}, {recipe.bytes:,} of {size:,} bytes, {took}", flush=True)
             opened.append(GgufFile.open(fitted.file.path))

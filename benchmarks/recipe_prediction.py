@@ -12,6 +12,7 @@ recipes. Then the time to solve for a budget with 1,000 tensors of 12 types each
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from level_texts import fitting_windows, parsed, parser_of
@@ -23,13 +24,16 @@ from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.plan.allocate import TensorGroup, TypeChoice, least_loss
 from bitladder.plan.recipe import predicted, recipe_bytes
+from bitladder.records.recipe import TensorLoss
 from bitladder.stages.fidelity import Candidate, walk
 from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import sensitivity_table
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 
 
-def random_recipe(source: GgufFile, losses, rng: np.random.Generator) -> dict[str, str]:
+def random_recipe(
+    source: GgufFile, losses: Mapping[str, Sequence[TensorLoss]], rng: np.random.Generator
+) -> dict[str, str]:
     """Types drawn around a leaning of the recipe's own."""
     leaning = rng.uniform(-1, 1)
     qtypes = {tensor.name: tensor.qtype for tensor in source.model.tensors}

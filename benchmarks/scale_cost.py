@@ -31,6 +31,7 @@ from bitladder.files.demo import fetch_demo
 from bitladder.files.gguf import GgufFile, read_header
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.plan.scale import TOKENS, ScaleJob, Workers, gpu_workers, layer_phases, scale_cost, spread_seconds
+from bitladder.progress import StepsOnly
 from bitladder.stages.calibrate import Calibration, Reading
 
 MODELS = (
@@ -98,7 +99,7 @@ def layer_seconds(model: Path, workers: int, layers: int, tokens: int) -> float:
             with tempfile.TemporaryDirectory() as out:
                 work = Calibration(file, [level], text, out_dir=Path(out), name="timed", executor=cluster)
                 with contextlib.suppress(_Enough):
-                    work.run(progress)
+                    work.run(StepsOnly(progress))
     finally:
         ray.shutdown()
     return float(statistics.median(np.diff(began)[1 : layers + 1]))
@@ -116,7 +117,7 @@ def on_workers(path: Path, counts: list[int], layers: int, tokens: int) -> list[
         phases = layer_phases(read_header(path), 1, ScaleJob.GPTQ, shape, tokens=tokens)
         predicted = sum(spread_seconds(units, count) for units in phases)
         took = layer_seconds(path, count, layers, tokens)
-        row = {"workers": count, "predicted_s": round(predicted, 2), "seconds": round(took, 2)}
+        row: dict[str, object] = {"workers": count, "predicted_s": round(predicted, 2), "seconds": round(took, 2)}
         rows.append(row | {"ratio": round(took / predicted, 2)})
         print(rows[-1], flush=True)
     return rows

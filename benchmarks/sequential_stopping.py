@@ -17,6 +17,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -65,9 +67,10 @@ def fixed_choice(differences: np.ndarray) -> int:
 def main() -> None:
     ladders = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     rng = np.random.default_rng(20261123)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, text in LADDERS.items():
-        shares = [tuple(float(share) / 100 for share in level.split("/")) for level in text.split()]
+        pairs = (level.split("/") for level in text.split())
+        shares = [(float(lost) / 100, float(gained) / 100) for lost, gained in pairs]
         n = fixed_size(shares)
         pool = 3 * n
         inputs = [Input(str(place), (), ()) for place in range(pool)]
@@ -76,7 +79,7 @@ def main() -> None:
         for seed in range(ladders):
             table = draw(rng, shares, pool)
 
-            def ask(level: str, wanted, table=table):
+            def ask(level: str, wanted: Sequence[Input], table: np.ndarray = table) -> list[float]:
                 row = table[LEVELS.index(level)]
                 return [float(row[int(one.id)]) for one in wanted]
 

@@ -21,21 +21,22 @@ import json
 import sys
 import time
 
+from bitladder.executors import Executor, Started, Task
 from bitladder.executors.needs import Needs
-from bitladder.executors.on_ray import Ray, connect
+from bitladder.executors.on_ray import connect
 from bitladder.files.catalogue import model_named
 from bitladder.plan.scale import CPU_FLOPS, ScaleJob, Workers, layer_phases
 
 MODEL, CORES = "meta-llama/Llama-3.3-70B-Instruct", 16
 
 
-def sleeping():
+def sleeping() -> Task:
     """A task whose units are seconds; a class of no module, for workers cannot import this file."""
 
     class Sleeping:
         threads = 1
 
-        def compute(self, lane, unit, *held):  # noqa: ARG002
+        def compute(self, lane: object, unit: float, *held: object) -> tuple[float, None]:  # noqa: ARG002
             import time
 
             time.sleep(unit)
@@ -49,9 +50,9 @@ def awaited(units: list[float], shards: int) -> int:
     return len(units) - shards if len(units) > shards else len(units)
 
 
-def walk(cluster: Ray, task: object, phases: list[list[float]], shards: int) -> None:
+def walk(cluster: Executor, task: Task, phases: list[list[float]], shards: int) -> None:
     """Phase after phase; what goes on is waited for with the next one."""
-    going_on = []
+    going_on: list[Started] = []
     for units in phases:
         begun, count = [cluster.start(task, unit) for unit in units], awaited(units, shards)
         for one in [*begun[:count], *going_on]:

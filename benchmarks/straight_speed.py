@@ -76,7 +76,7 @@ def make(folder: Path, options: argparse.Namespace) -> int:
         if sum(one.nbytes for one in shards[-1]) + tensor.nbytes > _SHARD:
             shards.append([])
         shards[-1].append(tensor)
-    index = {}
+    index: dict[str, str] = {}
     for number, held in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / name, held)

@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--template", action="store_true", help="write the first file with a template that thinks")
     options = parser.parse_args()
     if options.template:
-        raise SystemExit(with_template(*options.files, TEMPLATE))
+        source, out = options.files
+        raise SystemExit(with_template(source, out, TEMPLATE))
     workload = sums(options.questions)
     reference = answered(options.files[0], workload, options.threads)
     print("| level | right | thoughts | tokens each | without an end | in a loop |\n|---|---|---|---|---|---|")

@@ -42,7 +42,7 @@ def calls(number: int) -> Workload:
 
     def shown(city: str, days: int) -> list[dict[str, object]]:
         arguments = {"city": city, "days": days}
-        made = {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": arguments}]}
+        made: dict[str, object] = {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": arguments}]}
         return [question(city, days), made, {"role": "tool", "content": "ok"}]
 
     properties = {"city": {"type": "string"}, "days": {"type": "integer"}}
@@ -79,7 +79,8 @@ def main() -> None:
     parser.add_argument("--template", action="store_true", help="write the first file with a place for tools")
     options = parser.parse_args()
     if options.template:
-        raise SystemExit(with_template(*options.files, TEMPLATE))
+        source, out = options.files
+        raise SystemExit(with_template(source, out, TEMPLATE))
     workload = calls(options.calls)
     reference = answered(options.files[0], workload, options.threads)
     passes = sum(answer.passed for answer in reference.answers)

@@ -43,7 +43,7 @@ def bare_seconds(source: GgufFile, windows: list[Window]) -> float:
         scored = states[:, WINDOW // 2 : -1].reshape(-1, states.shape[-1])
         with inference():
             started = time.process_time()
-            for part in scored.split(512):
+            for part in torch.split(scored, 512):
                 part @ head.T
             spent += time.process_time() - started
     return spent

@@ -11,6 +11,7 @@ most.
 import argparse
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -30,8 +31,8 @@ def main() -> None:
     args = parser.parse_args()
     rng, levels = np.random.default_rng(0), args.levels.split(",")
     chosen, asked = products.one_dnn_pays(), [False]
-    products.one_dnn_pays = lambda: asked[0]
-    with GgufFile.open(fetch_demo() if args.model == NAME else Path(args.model)) as source:
+    either_way = mock.patch.object(products, "one_dnn_pays", lambda: asked[0])
+    with either_way, GgufFile.open(fetch_demo() if args.model == NAME else Path(args.model)) as source:
         ids = rng.integers(0, source.model.dims.n_vocab, (args.windows, 512))
         windows = [Window(str(at), tokens) for at, tokens in enumerate(ids)]
         walk(source, made_candidates(source, levels[:1], effort="fast"), windows[:1])  # what is loaded once
