@@ -52,13 +52,13 @@ async def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=16)
     options = parser.parse_args()
-    deadline = time.monotonic() + options.minutes * 60
     outcomes: dict[str, int] = {}
     memory: list[int] = []
     firsts: list[float] = []
     chance = random.Random(0)
     fake = gateway_setup.fake_engine(first_ms=20.0, interval_ms=10.0)
     with fake as (engine, _), gateway_setup.our_gateway(engine) as (gateway, process):
+        deadline = time.monotonic() + options.minutes * 60
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
             async def client() -> None:
