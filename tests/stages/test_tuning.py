@@ -213,5 +213,10 @@ def test_tuning_is_for_files_that_are_written(tiny):
 def test_a_line_says_what_came_of_it():
     kept = Tuning(kept=True, numbers=9, tokens=12000, held_out=3000, steps=40, before=0.2, after=0.18)
     assert tuning_line(kept) == (
-        "Tuned in 40 steps on 12,000 tokens: mean KL 0.2000 -> 0.1800 on 3,000 tokens that no step saw."
+        "Tuned in 40 steps on 12,000 tokens: mean KL 0.200 -> 0.180 on 3,000 tokens that no step saw."
     )
+
+
+def test_a_level_that_loses_next_to_nothing_is_told_apart_from_one_that_loses_nothing():
+    kept = Tuning(kept=True, numbers=9, tokens=12000, held_out=3000, steps=40, before=0.00071, after=0.00003)
+    assert "mean KL 0.000710 -> 3e-5 on" in tuning_line(kept)

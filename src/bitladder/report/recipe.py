@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from bitladder.records.recipe import FittedLevel, Recipe, Tuning
+from bitladder.report.rows import small
 from bitladder.units import human_bytes
 
 _NUMBERS = re.compile(r"\d[\d.e+-]*")
@@ -43,7 +44,7 @@ def tuning_line(tuning: Tuning) -> str:
     note = f" ({tuning.note})" if tuning.note else ""
     if not tuning.steps:
         return f"Not tuned: {tuning.note}."
-    on = f"mean KL {tuning.before:.4f} -> {tuning.after:.4f} on {tuning.held_out:,} tokens that no step saw"
+    on = f"mean KL {small(tuning.before)} -> {small(tuning.after)} on {tuning.held_out:,} tokens that no step saw"
     if tuning.kept:
         return f"Tuned in {tuning.steps} steps on {tuning.tokens:,} tokens{note}: {on}."
     return f"Tuning was not kept: {on}, no more than chance, in {tuning.steps} steps on {tuning.tokens:,} tokens{note}."

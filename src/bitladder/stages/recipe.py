@@ -155,10 +155,12 @@ def _lost(result: RecipeResult) -> float:
 
 def _corrected(table: SensitivityTable, result: RecipeResult, journal: Journal) -> SensitivityTable:
     """Predictions for fitted files, scaled by what one lost of what was expected of it."""
+    from bitladder.report.rows import small
+
     if result.held_out is None or not result.recipe.expected_kl:
         return table
     lost, expected = result.held_out.kl_mean, result.recipe.expected_kl
-    journal.say(f"{result.recipe.label} loses {lost:.4f} where {expected:.4f} was expected: another is made.")
+    journal.say(f"{result.recipe.label} loses {small(lost)} where {small(expected)} was expected: another is made.")
     return replace(table, fed=table.fed * lost / expected)
 
 
@@ -192,13 +194,15 @@ def fitted_level(job: Job, level: FeedbackLevel, build: Build) -> FittedLevel:
         As ``make_recipe``.
     """
     from bitladder.plan.recipe import Limits
+    from bitladder.report.rows import small
 
     request = RecipeRequest(Limits(bpw=level.bpw), level=level.recipe, build=build, texts=build.calibration)
     result = recipe_of(job, request)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
     held = result.held_out
-    job.journal.say(f"{level}: mean KL {held.kl_mean:.4f} [{held.kl_low:.4f}, {held.kl_high:.4f}] on held-out text.")
+    interval = f"[{small(held.kl_low)}, {small(held.kl_high)}]"
+    job.journal.say(f"{level}: mean KL {small(held.kl_mean)} {interval} on held-out text.")
     return result.fitted
 
 

@@ -400,16 +400,16 @@ def tune(
         before = Found(kept["before"], kept["tokens"], {})
         best, after = int(kept["best"]), kept["after"]
         best_moved = {name: kept[f"best.{name}"] for name in start}
-    told(f"held-out KL {before.kl.sum() / before.tokens.sum():.4f}", adam.step)
+    told(f"held-out KL {before.kl.sum() / before.tokens.sum():.3g}", adam.step)
     while adam.step < settings.steps and adam.step < best + settings.patience * settings.look:
         tuned.numbers = adam.numbers()
         found = passes.slopes(order[adam.step], frozenset(start))
         adam(found.slopes)
-        news = f"KL {found.kl.sum() / found.tokens.sum():.4f}"
+        news = f"KL {found.kl.sum() / found.tokens.sum():.3g}"
         if adam.step % settings.look == 0 or adam.step == settings.steps:
             tuned.numbers = adam.numbers()
             seen = passes.lost(held)
-            news = f"held-out KL {seen.kl.sum() / seen.tokens.sum():.4f}"
+            news = f"held-out KL {seen.kl.sum() / seen.tokens.sum():.3g}"
             if seen.kl.sum() < after.sum():
                 best, after, best_moved = adam.step, seen.kl, dict(adam.moved)
             else:
