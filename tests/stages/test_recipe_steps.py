@@ -24,7 +24,7 @@ from bitladder.plan.recipe import Limits, choose, fitted, predicted, reapplied, 
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
-from bitladder.report.recipe import note_lines
+from bitladder.report.recipe import note_lines, recipe_lines
 from bitladder.stages import recipe as recipes
 from bitladder.stages import weighing
 from bitladder.stages.feedback import write_with_feedback
@@ -362,3 +362,13 @@ def test_options_that_fitted_levels_do_not_take(option, tiny):
     result = CliRunner().invoke(app, ["quantize", str(tiny), "--to", "GPTQ-Q4_0", *option])
     assert result.exit_code == 2
     assert option[0] in result.stderr
+
+
+def test_what_is_expected_of_codes_with_feedback_is_not_said_to_be_sure(tiny):
+    with GgufFile.open(tiny) as source:
+        table = fitted(_table(source), [(0.1, 0.1), (1.0, 1.0)])  # to nearest: predicted to the last digit
+        told = "\n".join(recipe_lines(choose(table, source.model, Limits(bpw=5.5))))
+        nearest = "\n".join(recipe_lines(choose(table, source.model, Limits(bpw=5.5, feedback=False))))
+    assert "mean KL expected" in told
+    assert "with error feedback have lost 0.5 to 1.2 times" in told
+    assert "feedback" not in nearest

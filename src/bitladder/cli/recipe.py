@@ -130,7 +130,7 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
         record = {"jobs": journal.jobs, "warnings": journal.warnings, "own_text": journal.own_text}
         print_json({**vars(result), **record})
         return
-    for line in recipe_lines(result.recipe, result.table_error):
+    for line in recipe_lines(result.recipe):
         put(line)
     if options.to.lower() == VLLM:
         put("  bits are of the linear layers; embedding, head and norms stay 16 bits wide")

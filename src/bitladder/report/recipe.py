@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,16 +11,18 @@ from bitladder.report.rows import small
 from bitladder.units import human_bytes
 
 _NUMBERS = re.compile(r"\d[\d.e+-]*")
+_OF_EXPECTED = "0.5 to 1.2"
+"""Of the reference model's files, GGUF and mixed checkpoints (docs/recipe.md): what is checked against measurements
+when tensors are weighed is codes to nearest, and what feedback gains differs by type and bits."""
 _LAYER = re.compile(r"blk\.\d+\.(?P<role>.+?)(\.weight)?$")
 
 
-def recipe_lines(recipe: Recipe, error: float = math.nan) -> Iterator[str]:
-    """What a person reads of a recipe. ``error``: typical relative error of the expected loss."""
-    expected = ""
-    if recipe.expected_kl is not None:
-        sure = f" (predictions are off by {error:.0%} typically)" if math.isfinite(error) else ""
-        expected = f", mean KL expected {recipe.expected_kl:.3g}{sure}"
+def recipe_lines(recipe: Recipe) -> Iterator[str]:
+    """What a person reads of a recipe."""
+    expected = "" if recipe.expected_kl is None else f", mean KL expected {recipe.expected_kl:.3g}"
     yield f"{recipe.label}: {human_bytes(recipe.bytes)}, {recipe.bpw:.2f} bits per weight{expected}"
+    if recipe.expected_kl is not None and recipe.feedback:
+        yield f"  files with error feedback have lost {_OF_EXPECTED} times what was expected of them"
     if recipe.limits:
         yield f"  limits: {'; '.join(recipe.limits)}"
     for role, types in _by_role(recipe).items():

@@ -40,7 +40,7 @@ class RecipeResult:
 
     recipe: Recipe
     table_error: float
-    """Typical relative error of predicted against measured KL, over whole recipes."""
+    """Typical relative error of predicted against measured KL, over whole recipes of codes to nearest."""
     fitted: FittedLevel | None = None
     held_out: Fidelity | None = None
 
