@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,6 +104,31 @@ def test_one_request_to_end_is_one_though_the_whole_group_hears_it(tmp_path, num
             os.killpg(parent, number)
             said = [answer.result().json()["choices"][0]["message"]["content"] for answer in answers]
     assert said == ["all of it"] * 8
+
+
+_ASKED_AGAIN_AND_AGAIN = """
+import signal, uvicorn, uvloop
+from bitladder.serve.app import _Server
+
+server = _Server(uvicorn.Config(lambda: None), one_of_many=True)
+
+async def main():
+    print("ready", flush=True)
+    for _ in range(3000):
+        with server.capture_signals():
+            pass
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+uvloop.run(main())
+"""
+
+
+def test_a_request_to_end_at_any_moment_of_the_end_kills_no_process():
+    with subprocess.Popen([sys.executable, "-c", _ASKED_AGAIN_AND_AGAIN], stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"ready\n"
+        while child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+    assert child.returncode == 0
 
 
 def test_no_process_outlives_the_one_that_started_them(tmp_path):

@@ -365,6 +365,9 @@ class _Server(uvicorn.Server):
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         before = {}
         for number in signals:
+            if self.one_of_many:
+                signal.signal(number, self.handle_exit)
+                continue
             try:
                 loop.add_signal_handler(number, self.handle_exit, number, None)
             except NotImplementedError:  # Windows: the server looks every tenth of a second whether it should stop
@@ -373,12 +376,12 @@ class _Server(uvicorn.Server):
             yield
         finally:
             for number in signals:
-                if number in before:
+                if self.one_of_many:  # in one step: a loop that removes its handler leaves the system's, which kills
+                    signal.signal(number, signal.SIG_IGN)
+                elif number in before:
                     signal.signal(number, before[number])
                 else:
                     loop.remove_signal_handler(number)
-                if self.one_of_many:
-                    signal.signal(number, signal.SIG_IGN)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nothing new, wait for what runs, and count what must be cut."""
