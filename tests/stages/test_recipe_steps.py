@@ -370,5 +370,5 @@ def test_what_is_expected_of_codes_with_feedback_is_not_said_to_be_sure(tiny):
         told = "\n".join(recipe_lines(choose(table, source.model, Limits(bpw=5.5))))
         nearest = "\n".join(recipe_lines(choose(table, source.model, Limits(bpw=5.5, feedback=False))))
     assert "mean KL expected" in told
-    assert "with error feedback have lost 0.5 to 1.2 times" in told
-    assert "feedback" not in nearest
+    assert "191M model lost 0.5 to 1.2 times what was expected" in told
+    assert "191M" not in nearest

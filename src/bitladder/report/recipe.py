@@ -22,7 +22,7 @@ def recipe_lines(recipe: Recipe) -> Iterator[str]:
     expected = "" if recipe.expected_kl is None else f", mean KL expected {recipe.expected_kl:.3g}"
     yield f"{recipe.label}: {human_bytes(recipe.bytes)}, {recipe.bpw:.2f} bits per weight{expected}"
     if recipe.expected_kl is not None and recipe.feedback:
-        yield f"  files with error feedback have lost {_OF_EXPECTED} times what was expected of them"
+        yield f"  files of a 191M model lost {_OF_EXPECTED} times what was expected; a file that is written is measured"
     if recipe.limits:
         yield f"  limits: {'; '.join(recipe.limits)}"
     for role, types in _by_role(recipe).items():
