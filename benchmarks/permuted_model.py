@@ -6,12 +6,13 @@ Weights that were stored in blocks of 32 with 16 values each fall on such values
 stores them: Q4_1 would lose nothing at all, and every comparison at 4 bits would say how well a level fits the source's
 format. Here the channels of the residual stream, of every feed-forward and of every value head are shuffled (rows of
 one matrix together with columns of the next, norms with them), so that a block holds weights of 32 different blocks.
-The model computes what it did; weights are stored as F16, norms as they are. For Llama's tensors (attn_norm, ffn_norm,
-no biases).
+The model computes what it did; weights are stored as F16, norms as they are. For models with the tensors of Llama or
+Gemma 3, without biases.
 """
 
 import argparse
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,11 @@ READS = ("token_embd.weight", "output.weight", "attn_q.weight", "attn_k.weight",
          "ffn_up.weight")  # fmt: skip
 """Matrices whose columns are the residual stream's channels."""
 WRITES = ("attn_output.weight", "ffn_down.weight")
-NORMS = ("attn_norm.weight", "ffn_norm.weight", "output_norm.weight")
+NORMS = ("attn_norm.weight", "ffn_norm.weight", "output_norm.weight", "post_attention_norm.weight",
+         "post_ffw_norm.weight")  # fmt: skip
+UNTOUCHED = ("attn_q_norm.weight", "attn_k_norm.weight")
+"""Norms within heads of queries and keys, whose channels stay as they are: RoPE takes them in pairs."""
+KNOWN = (*READS, *WRITES, *NORMS, *UNTOUCHED)
 
 
 class Shuffle:
@@ -75,8 +80,9 @@ def main() -> None:
     options = parser.parse_args()
     with GgufFile.open(options.model) as source:
         names = [tensor.name for tensor in source.model.tensors]
-        if source.model.dims.architecture != "llama" or any(name.endswith(".bias") for name in names):
-            raise SystemExit("only models with Llama's tensors can be shuffled here")
+        strange = [name for name in names if re.sub(r"^blk\.\d+\.", "", name) not in KNOWN]
+        if source.model.dims.architecture not in ("llama", "gemma3") or strange:
+            raise SystemExit(f"only models with Llama's or Gemma 3's tensors can be shuffled here {strange[:3]}")
         shuffle, weights = Shuffle(source, options.seed), FileWeights(source)
         part = draft_level(source.model, "F16", options.out.parent, label="permuted").parts[0]
         writer = GgufWriter(options.out, part.plan, str(options.seed))
