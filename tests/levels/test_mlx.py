@@ -16,9 +16,11 @@ from bitladder.files.gguf import GgufFile
 from bitladder.levels import CheckpointLevel, Needs, parse_level
 from bitladder.levels.checkpoints import recognised
 from bitladder.plan.cost import level_size
+from bitladder.progress import silent
 from bitladder.stages.inspect import inspect_folder
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.layers import LayeredModel
+from bitladder.walk.sensitivity import curvature_of
 from bitladder.walk.weights import FileWeights
 from mlx_here import needs_mlx
 from tiny_checkpoints import decoded, difference, loaded, run, tiny, windows_of
@@ -133,15 +135,15 @@ def test_the_walk_reads_embedding_and_head_from_the_folder(written):
     torch.testing.assert_close(walked(gguf, folder, level, tokens), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_feedback_reaches_the_head(tmp_path):
-    """A head of its own is quantized by what it reads: its outputs are nearer than those of nearest codes."""
+def test_feedback_reaches_head_and_embedding(tmp_path):
+    """A head of its own is quantized by what it reads: its outputs are nearer than those of nearest codes. The
+    embedding is quantized by what its errors cost."""
     model, checkpoint, gguf = in_bfloat16("qwen3", tmp_path)
     (report,) = run(gguf, ["MLX-3bit-g32"], tmp_path, checkpoint)
     losses = {loss.name: loss for loss in report.linears}
     tensors = load_file(tmp_path / "tiny-MLX-3bit-g32" / "model.safetensors")
     assert {"lm_head.scales", "model.embed_tokens.scales"} <= tensors.keys()
-    assert (losses["lm_head"].tokens, losses["model.embed_tokens"].tokens) == (40 * 64, 0)
-    assert np.isnan(losses["model.embed_tokens"].loss)
+    assert (losses["lm_head"].tokens, losses["model.embed_tokens"].tokens) == (40 * 64, 40 * 64)
     form = parse_level("MLX-3bit-g32").format
     weight = model.lm_head.weight.detach().float().numpy()
     plain = form.search(weight, None, scale_dtype="bfloat16")
@@ -155,6 +157,23 @@ def test_feedback_reaches_the_head(tmp_path):
         return float((states @ (found - weight).T).var())
 
     assert error(mine) < 0.8 * error(nearest)
+
+    with GgufFile.open(gguf) as source:
+        weights = FileWeights(source)
+        cost = curvature_of(
+            LayeredModel(source.model, weights), weights, windows_of(1), state_bytes=1 << 30, spill=tmp_path,
+            half=False, progress=silent,
+        )  # fmt: skip
+    table = model.model.embed_tokens.weight.detach().float().numpy()
+    plain = form.search(table, None, scale_dtype="bfloat16")
+    wrong = [
+        found - table
+        for found in (
+            read_as_defined(tensors, "model.embed_tokens", "MLX-3bit-g32"), plain.decode(plain.grid().nearest(table)),
+        )
+    ]  # fmt: skip
+    mine, nearest = (float(np.einsum("rk,kl,rl->", own, cost, own)) for own in wrong)
+    assert mine < 0.8 * nearest
 
 
 @pytest.mark.parametrize(("name", "layer", "leaf"), [("mixtral", 0, "w2"), ("ernie4_5moe", 1, "down_proj")])

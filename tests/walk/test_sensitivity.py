@@ -16,7 +16,7 @@ from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import sensitivity_table, weigh
 from bitladder.walk import sensitivity
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.sensitivity import EmbeddingSensitivity, SensitivityPass
+from bitladder.walk.sensitivity import EmbeddingPass, EmbeddingSensitivity, SensitivityPass, embedding_curvature
 from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights
 
@@ -81,6 +81,50 @@ def test_small_errors_cost_what_is_predicted(tmp_path):
     ratios = {name: _predicted(found[name], noise) / measured[name] for name, noise in noises.items()}
     assert all(0.4 < ratio < 2.5 for ratio in ratios.values()), ratios
     assert 0.8 < np.exp(np.mean(np.log(list(ratios.values())))) < 1.25
+
+
+@pytest.mark.parametrize("name", ["llama with biases", "llama", "gemma2"])
+def test_errors_of_the_embedding_along_one_line_cost_what_its_curvature_says(name, tmp_path, monkeypatch):
+    """Rows wrong by either sign along the line that costs most, and along one that costs little: no sum over channels
+    tells these apart. "llama" and "gemma2" read the matrix at the head, too; "gemma2" multiplies what it looks up."""
+    monkeypatch.setattr(sensitivity.gptq, "shrink", lambda *_: None)
+    source, windows = _opened(name, tmp_path)
+    with source:
+        found = []
+        weights = FileWeights(source)
+        model, batches = LayeredModel(source.model, weights), batches_of(windows)
+        SensitivityPass(model, weights, batches, state_bytes=1 << 30).run(found.append, silent)
+        head, embedding = found[0], found[-1]
+        whole, share = embedding_curvature(head, embedding), 1.0
+        if head.name == "token_embd.weight":
+            whole = whole + head.inputs[0].gram / head.inputs[0].tokens
+            share = head.rows.sum() / head.predictions
+        n_vocab, width = source.info("token_embd.weight").shape
+        lines = np.linalg.eigh(whole)[1][:, [-1, width // 4]].T
+        size = np.sqrt(0.02 / (share * lines[0] @ whole @ lines[0]))
+        signs = np.random.default_rng(1).choice([-1.0, 1.0], (n_vocab, 1))
+        noises = [(size * signs * line).astype(np.float32) for line in lines]
+        files = [Candidate(str(n), _Disturbed(source, "token_embd.weight", noise)) for n, noise in enumerate(noises)]
+        measured = [one.kl_mean for one in walk(source, files, windows)]
+    predicted = [size**2 * share * (line @ whole @ line) / 2 for line in lines]
+    assert predicted[0] > 3 * predicted[1]
+    assert measured[0] == pytest.approx(predicted[0], rel=0.25)
+    assert 0.7 < measured[1] / predicted[1] < 2, "what seems to cost little in so few tokens costs more"
+
+
+@pytest.mark.parametrize("name", ["llama with biases", "gemma2"])
+def test_gradients_for_the_embedding_alone_are_the_same(name, tmp_path):
+    source, windows = _opened(name, tmp_path)
+    with source:
+        weights = FileWeights(source)
+        model, batches = LayeredModel(source.model, weights), batches_of(windows)
+        found = {}
+        for kind in (SensitivityPass, EmbeddingPass):
+            own = found[kind] = []
+            kind(model, weights, batches, state_bytes=1 << 30).run(own.append, silent)
+    [head, embedding] = found[EmbeddingPass]
+    np.testing.assert_array_equal(head.rows, found[SensitivityPass][0].rows)
+    np.testing.assert_array_equal(embedding.curvature, found[SensitivityPass][-1].curvature)
 
 
 def test_slices_of_the_vocabulary_change_nothing(tmp_path, monkeypatch):

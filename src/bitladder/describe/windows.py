@@ -23,6 +23,7 @@ from bitladder.errors import BadInput
 WINDOW = 512
 SHORTEST = 64
 WORTH_KEEPING = 128
+_WEIGHING_TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +113,11 @@ def window_hashes(windows: Iterable[Window], *, n: int = 32, step: int | None = 
         for start in range(0, len(window.tokens) - n + 1, step or max(1, n // 2)):
             found.add(hashlib.blake2b(window.tokens[start : start + n].tobytes(), digest_size=16).digest())
     return found
+
+
+def weighing_part(windows: Sequence[Window]) -> list[Window]:
+    """Windows of about 4,096 tokens, spread over the text: what gradients are taken from, as means over all tokens."""
+    return list(windows[:: max(1, round(sum(len(window.tokens) for window in windows) / _WEIGHING_TOKENS))])
 
 
 def tokens_hash(windows: Iterable[Window]) -> str:

@@ -31,7 +31,7 @@ from bitladder.kernels.rows import Effort
 U8 = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
-REVISION = "5"
+REVISION = "6"
 """Raised whenever the bytes of fitted files change for another reason than the kernels' own revision."""
 _CHUNKS = (256, 128, 64, 32)
 _SWEEPS: dict[Effort, int] = {"fast": 0, "good": 2, "best": 8}

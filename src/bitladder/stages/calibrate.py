@@ -56,6 +56,7 @@ from bitladder.stages.tuning import Tuner
 from bitladder.units import Basis
 from bitladder.walk.checkpoint_result import finish_folder, losses_of, proved
 from bitladder.walk.checkpoint_walk import FLOAT_TYPES, CalibrationWalk, Settings
+from bitladder.walk.ends import REVISION as ENDS_REVISION
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.opened import layered
 from bitladder.walk.spread import spread_over
@@ -416,6 +417,8 @@ def _fingerprint(
             str(settings.act_order),
         ]
         parts.append(str(settings.half_products))  # a run must not go on on another processor, half in bfloat16
+    if level.format.everywhere:
+        parts.append(ENDS_REVISION)
     if tunes(level, reading):
         tuning = TuneSettings.for_windows(len(reading.tuning))
         parts += [tokens_hash(reading.tuning), tuning.key, str(settings.half_products)]

@@ -2,7 +2,7 @@
 
 The types come from a recipe, llama.cpp's or one of our own; the bytes are ordinary blocks. Layers go to their places in
 the file as they are finished, and a killed run goes on at the layer whose states it kept. The output matrix is fitted
-to what the last norm gives; embeddings that are looked up only are rounded to nearest.
+to what the last norm gives, the embedding to what gradients say of its errors, and a matrix that is both to both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bitladder.files.gguf_writer import GgufWriter
 from bitladder.files.level_files import LevelDraft, draft_level, free_name, possible_places, refuse_overwriting
 from bitladder.formats.gguf import PROVENANCE
 from bitladder.formats.recipes import nearest_level
-from bitladder.formats.roles import factor_name
+from bitladder.formats.roles import EMBEDDING, factor_name
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import REVISION, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
@@ -38,6 +38,7 @@ from bitladder.progress import Part, Progress, silent
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe, Tuning
+from bitladder.stages.curvature import kept_curvature
 from bitladder.stages.tuning import Tuner
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Spread, Stream, forward
@@ -48,7 +49,7 @@ from bitladder.walk.feedback import (
     factor_of,
     fit_matrix,
 )
-from bitladder.walk.inputs import InputStatistics, Sums
+from bitladder.walk.inputs import InputStatistics, Sums, statistics_of
 from bitladder.walk.keep import Keep
 from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.opened import layered
@@ -72,6 +73,7 @@ class _Job:
     model: LayeredModel
     recipe: Recipe
     settings: FeedbackSettings
+    windows: Sequence[Window]
     batches: Sequence[Batch]
     tuning: Sequence[Window]
     progress: Progress
@@ -143,7 +145,7 @@ def write_with_feedback(
     if not reused:
         weights = FileWeights(source, threads=settings.threads)
         model = layered(source, weights, device=settings.device)
-        job = _Job(source, weights, model, recipe, settings, batches_of(windows), tuning, progress)
+        job = _Job(source, weights, model, recipe, settings, windows, batches_of(windows), tuning, progress)
         with spread_over(executor, source, warn=warn) as spread:
             losses, tuned = _write(job, draft, state_bytes, spread)
     seconds = time.monotonic() - started
@@ -209,9 +211,10 @@ def _write(
     try:
         stream = _stream(job, out, part.path.parent, Keep(folder, fingerprint), state_bytes, spread)
         forward([stream], Part(job.progress, 0, n_layer, n_layer + 1.0), "fitting ")
-        job.progress("fitting the output matrix", n_layer, n_layer + 1.0)
         for name in out.unfinished():
-            out.put(name, _other(job, name, stream.states_of(_LEVEL)))
+            seen = _seen(job, name, stream.states_of(_LEVEL), state_bytes, part.path.parent)
+            job.progress("fitting what is outside the layers", n_layer + 0.5, n_layer + 1.0)
+            out.put(name, _other(job, name, seen))
         tuning = _tuned(job, out, state_bytes, folder, fingerprint) if job.tuning else None
         out.writer.finish(part.header(job.source.sha256))
         shutil.rmtree(folder, ignore_errors=True)
@@ -313,11 +316,10 @@ class _Out:
         return [name for name in self._numbers if not self.has(name)]
 
 
-def _other(job: _Job, name: str, states: States) -> Iterator[NDArray[np.uint8]]:
-    """A tensor outside the layers' linear ones, a few rows at a time: kept, or the output matrix, or rounded."""
+def _other(job: _Job, name: str, seen: InputStatistics | None) -> Iterator[NDArray[np.uint8]]:
+    """A tensor outside the layers' linear ones, a few rows at a time: kept, or fitted to what it reads, or rounded."""
     info = job.source.info(name)
     qtype = job.recipe.qtypes.get(name, info.qtype)
-    seen = _at_the_head(job, states) if name == job.model.output and takes_feedback(qtype) else None
     factored = factor_of(name, seen, job.settings) if seen else None
     for rows in row_pieces(info, _PIECE_WEIGHTS):
         if qtype == info.qtype:
@@ -329,6 +331,24 @@ def _other(job: _Job, name: str, states: States) -> Iterator[NDArray[np.uint8]]:
             yield fit_matrix(qtype, weights, seen, factored, job.settings).data
         else:
             yield quantize(weights, qtype, effort=job.settings.effort, threads=job.settings.threads)
+
+
+def _seen(job: _Job, name: str, states: States, state_bytes: int, spill: Path) -> InputStatistics | None:
+    """Statistics that the codes of the output matrix or the embedding are fitted to; None of other tensors and of types
+    without feedback."""
+    info, model = job.source.info(name), job.model
+    qtype = job.recipe.qtypes.get(name, info.qtype)
+    if name not in (model.output, EMBEDDING) or qtype == info.qtype or not takes_feedback(qtype):
+        return None
+    read = _at_the_head(job, states) if name == model.output else None
+    if name != EMBEDDING:
+        return read
+    tokens = sum(len(window.tokens) for window in job.windows)
+    cost = tokens * kept_curvature(
+        job.source, model, job.weights, job.windows, half=job.settings.half_products, state_bytes=state_bytes,
+        spill=spill, progress=Part(job.progress, model.n_layer, model.n_layer + 0.5, model.n_layer + 1.0),
+    )  # fmt: skip
+    return statistics_of(cost if read is None else cost + read.gram, tokens)
 
 
 def _at_the_head(job: _Job, states: States) -> InputStatistics:

@@ -19,7 +19,7 @@ from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import LOW_CHOICES, is_quantizable, types_for
-from bitladder.formats.roles import EMBEDDING
+from bitladder.formats.roles import EMBEDDING, OUTPUT
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import REVISION, dequantize, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
@@ -33,16 +33,17 @@ from bitladder.units import GiB
 from bitladder.walk.checkpoint_walk import held_out
 from bitladder.walk.driver import Resumable
 from bitladder.walk.feedback import FeedbackSettings, factor_of
-from bitladder.walk.inputs import InputStatistics
+from bitladder.walk.inputs import InputStatistics, statistics_of
 from bitladder.walk.keep import Arrays, Keep
 from bitladder.walk.made import FEW_TOKENS, naming
 from bitladder.walk.opened import layered
 from bitladder.walk.products import wants_half_products
-from bitladder.walk.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass
+from bitladder.walk.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass, embedding_curvature
 from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 ROWS, _MATRICES = 512, 8
 """Rows of a matrix, and matrices of a stack, that stand for all: their mean error is known to a percent."""
@@ -164,10 +165,13 @@ BLOCK_TYPES = BlockTypes()
 @dataclass(frozen=True)
 class Weighed:
     """Predicted losses, and the mean squares of each tensor's inputs as quantizers take them: f32[columns], or
-    f32[matrices, columns] for a stack."""
+    f32[matrices, columns] for a stack. ``curvature``: the embedding's, if it was found
+    (``walk.sensitivity.embedding_curvature``); ``half``: whether passes multiplied in bfloat16."""
 
     table: SensitivityTable
     importance: Mapping[str, F32]
+    curvature: F64 | None
+    half: bool
 
 
 def sensitivity_table(source: GgufFile, windows: Sequence[Window], *, threads: int = 1) -> SensitivityTable:
@@ -237,7 +241,8 @@ def weigh(
     )
     passes.run(table.take, progress)
     losses = {name: tuple(own.values()) for name, own in table.losses.items()}
-    return Weighed(SensitivityTable(source.sha256, tokens_hash(windows), tokens, losses), table.importance)
+    weighed = SensitivityTable(source.sha256, tokens_hash(windows), tokens, losses)
+    return Weighed(weighed, table.importance, table.curvature, half)
 
 
 class _Table(Resumable):
@@ -246,8 +251,11 @@ class _Table(Resumable):
     def __init__(self, source: GgufFile, weights: FileWeights, choices: Choices, threads: int, held_out: float) -> None:
         self._tensors = {info.name: info for info in source.model.tensors if is_quantizable(info)}
         self._weights, self._choices, self._threads, self._inputs = weights, choices, threads, _Inputs(held_out)
+        self._head: Sensitivity | None = None
         self.losses: dict[str, dict[str, TensorLoss]] = {}
         self.importance: dict[str, F32] = {}
+        self.curvature: F64 | None = None
+        """Of the embedding; None where gradients went on from those of a killed call."""
 
     def take(self, sensitivity: Sensitivity | EmbeddingSensitivity) -> None:
         """Add one tensor's."""
@@ -262,6 +270,10 @@ class _Table(Resumable):
         )
         if isinstance(sensitivity, Sensitivity):
             self.importance[name] = _importance(sensitivity)
+            if name in (OUTPUT, EMBEDDING):
+                self._head = sensitivity
+        elif self._head:
+            self.curvature = embedding_curvature(self._head, sensitivity)
         self.losses[name] = _added(self.losses[name], losses) if name in self.losses else losses  # tied: read both ways
         self._weights.forget(name)
 
@@ -346,14 +358,19 @@ def _sampled(energy: NDArray[np.float64], count: int) -> tuple[NDArray[np.int64]
 def _of_embedding(
     info: TensorInfo, weights: FileWeights, seen: EmbeddingSensitivity, choices: Choices, threads: int
 ) -> dict[str, TensorLoss]:
-    """Losses of the rows that were looked up, each by its own gradients."""
+    """Losses of the rows that were looked up, each by its own gradients; feedback leaves as large a share of each as it
+    leaves under the gradients of all."""
     own = weights(info.name, seen.tokens)
     importance = seen.weights.sum(axis=0).astype(np.float32)
+    tokens = int(seen.counts.sum())
+    read = SeenInput(info.name, statistics_of(seen.curvature * tokens, tokens))
     losses = {}
     for qtype in choices.of(info):
         wrong = choices.errors(own, qtype, importance, threads)
         loss = float(np.einsum("ij,ij->", seen.weights, wrong)) / 2 / seen.predictions
-        losses[qtype] = TensorLoss(qtype, choices.nbytes(info, qtype), loss, loss)
+        plain = seen.counts @ (wrong @ seen.curvature.diagonal())
+        share = seen.counts @ choices.fed(own, qtype, wrong, read) / plain if plain else 1.0
+        losses[qtype] = TensorLoss(qtype, choices.nbytes(info, qtype), loss, loss * float(min(1.0, share)))
     return losses
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from bitladder import __version__
+from bitladder.describe.windows import weighing_part
 from bitladder.errors import BadInput
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from bitladder.stages.fidelity import Candidate
     from bitladder.stages.sensitivity import Choices, Weighed
 
-_WEIGHING_TOKENS = 4096
-"""Tokens that sensitivities are taken from: row weights are means over all of them, so a few thousand do."""
 _HELD_OUT_TOKENS = 4096
 """Tokens that nothing is fitted to: predictions and the finished file are compared with the source on them."""
 _LARGEST_HELD_OUT = 4
@@ -108,8 +107,7 @@ def parts_of_text(windows: Sequence[Window]) -> RecipeTexts:
     stride = max(_LARGEST_HELD_OUT, round(total / _HELD_OUT_TOKENS))
     held = list(windows[stride - 1 :: stride])
     rest = [window for at, window in enumerate(windows) if (at + 1) % stride]
-    step = max(1, round(sum(len(window.tokens) for window in rest) / _WEIGHING_TOKENS))
-    return RecipeTexts(rest[::step], rest, held)
+    return RecipeTexts(weighing_part(rest), rest, held)
 
 
 def weighed_tensors(
@@ -120,6 +118,7 @@ def weighed_tensors(
     from bitladder.files.folders import cache_folder, cache_key
     from bitladder.kernels import REVISION
     from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
+    from bitladder.stages.curvature import keep_curvature
     from bitladder.stages.sensitivity import weigh
 
     source, text, storage = job.source, job.text_key(calibration_texts(job, texts)), storage or GgufStorage(job)
@@ -136,6 +135,8 @@ def weighed_tensors(
             source, parts.weighing, threads=job.threads, device=job.device, keep=keep, progress=job.progress,
             choices=storage.choices,
         )  # fmt: skip
+    if weighed.curvature is not None:
+        keep_curvature(source, parts.weighing, weighed.half, weighed.curvature)
     table = _checked(job, weighed, parts, storage)
     keep_table(kept, table)
     return table, kept

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from bitladder.describe.windows import Window
+from bitladder.describe.windows import Window, weighing_part
 from bitladder.files.layer_store import LayerStore
 from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.formats import disk_names
 from bitladder.levels import CheckpointLevel, FoldedLevel
 from bitladder.levels.methods import Statistics
 from bitladder.levels.products import ImportanceVectors, Product, statistics_of
-from bitladder.progress import Progress
+from bitladder.progress import Progress, silent
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Spread, Stream, forward
 from bitladder.walk.ends import ends_of, quantize_ends
@@ -25,6 +25,7 @@ from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import Made, MadeImportance, cast
 from bitladder.walk.products import wants_half_products
 from bitladder.walk.rounded import RoundedLevel
+from bitladder.walk.sensitivity import curvature_of
 from bitladder.walk.states import CALIBRATION_TOKENS, Batch, batches_of, shard_count
 from bitladder.walk.weights import FileWeights
 
@@ -86,12 +87,19 @@ class CalibrationWalk:
         streams = [self._of_the_source(plain, windows)] if plain else []
         streams += [self._of_a_level(level, windows) for level in sequential if isinstance(level, CheckpointLevel)]
         forward(streams, progress)
-        for level, stream in zip(self._everywhere(sequential), streams[bool(plain) :], strict=True):
-            if level is not None:
-                progress(f"{level.name}: embedding and head", self.model.n_layer, self.model.n_layer)
-                damp, act_order = self.settings.damp, self.settings.act_order
-                store = self.stores[level]
-                quantize_ends(stream, self.model, level, store, self.dtype, damp=damp, act_order=act_order)
+        both = zip(self._everywhere(sequential), streams[bool(plain) :], strict=True)
+        whole = [(level, stream) for level, stream in both if level is not None]
+        if whole:
+            curvature = curvature_of(
+                self.model, self.weights, weighing_part(windows), state_bytes=self.settings.state_bytes,
+                spill=self.stores[whole[0][0]].partial, half=self.settings.half_products, progress=silent,
+            )  # fmt: skip
+        for level, stream in whole:
+            progress(f"{level.name}: embedding and head", self.model.n_layer, self.model.n_layer)
+            quantize_ends(
+                stream, self.model, level, self.stores[level], self.dtype, damp=self.settings.damp,
+                act_order=self.settings.act_order, curvature=curvature,
+            )  # fmt: skip
         progress("all layers quantized", 1, 1)
 
     def _everywhere(self, levels: Sequence[Product]) -> list[CheckpointLevel | None]:

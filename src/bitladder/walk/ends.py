@@ -1,9 +1,9 @@
 """Embedding and head of a level that quantizes them, too: after its layers, from the states that leave them.
 
 A head reads what the last norm gives, so its codes are chosen with error feedback like any matrix's; the level's own
-states show what that is. The table of a model whose head is its embedding is the head's matrix and chosen as such: as
-embedding its errors enter once, and no later layer multiplies them. An embedding by itself reads nothing; its codes are
-the nearest on scales that are searched with all columns alike. Rows are taken some at a time: a vocabulary is large.
+states show what that is. An embedding reads nothing; its codes are chosen with feedback under what gradients say of its
+errors (``walk.sensitivity.embedding_curvature``), the matrix of a model whose head is its embedding under both. Rows
+are taken some at a time: a vocabulary is large.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from bitladder.walk.made import SCALE_DTYPES, naming, stored_array
 from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
+REVISION = "2"
+"""Raised whenever the bytes of embeddings and heads change for another reason than the method's own revision."""
 _ROWS_AT_ONCE = 8192
 
 
@@ -48,6 +51,7 @@ def quantize_ends(
     *,
     damp: float,
     act_order: bool,
+    curvature: F64,
 ) -> None:
     """Make embedding and head of a level whose layers are made, and keep them as one layer more.
 
@@ -59,6 +63,7 @@ def quantize_ends(
         dtype: Of what stays float.
         damp: As ``levels.methods.Method.prepare``.
         act_order: The same.
+        curvature: Of the embedding, f64[n_embd, n_embd].
 
     Raises:
         BadWeights: a weight is too large for the format, or states are not finite.
@@ -72,9 +77,8 @@ def quantize_ends(
     for own, disk in ends_of(model).items():
         is_head, linear = own == model.output, disk.removesuffix(".weight")
         with naming(None, linear):
-            seen = Prepared()
-            if is_head:
-                seen = level.method.prepare(gram, tokens=tokens, damp=damp, act_order=act_order)
+            read = (gram if is_head else 0) + (tokens * curvature if own == model.embedding else 0)
+            seen = level.method.prepare(np.asarray(read, np.float32), tokens=tokens, damp=damp, act_order=act_order)
             form = level.format.of(linear)
             assert form is not None
             made = _Made(level, form, SCALE_DTYPES[dtype], str(model.device))
@@ -82,8 +86,7 @@ def quantize_ends(
             hashed = digest_of_rows(shape, made.parts(weights, own, shape[0], seen))
         for suffix, array in made.arrays().items():
             tensors[f"{linear}.{suffix}"] = stored_array(form, suffix, array, dtype)
-        loss = made.loss if is_head else None
-        note = {"loss": loss, "tokens": tokens if is_head else 0, "damp": seen.damp, "note": seen.note}
+        note = {"loss": made.loss, "tokens": tokens, "damp": seen.damp, "note": seen.note}
         notes.append({"tensor": linear, **note, "digest": hashed})
     store.put_layer(model.n_layer, tensors, notes, seconds=monotonic() - started)
 

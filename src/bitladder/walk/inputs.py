@@ -78,6 +78,12 @@ class InputStatistics:
         return InputStatistics(square(self.gram), largest, self.squares[back], self.tokens, held_out, drift)
 
 
+def statistics_of(gram: F64, tokens: int) -> InputStatistics:
+    """Statistics that say no more than ``X^T X`` f64[columns, columns], or what stands in its place."""
+    none = np.zeros((0, 0), np.float32)
+    return InputStatistics(gram.astype(np.float32), np.zeros(0, np.float32), gram.diagonal().copy(), tokens, none, none)
+
+
 def readable(array: NDArray[Any]) -> torch.Tensor:
     """A tensor of an array that may be shared with others: it must not be written to."""
     with warnings.catch_warnings():

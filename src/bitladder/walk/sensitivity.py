@@ -28,7 +28,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bitladder.formats.roles import Parameter, layer_tensor
+from bitladder.describe.windows import Window
+from bitladder.formats.roles import EMBEDDING, Parameter, layer_tensor
+from bitladder.kernels import gptq
 from bitladder.progress import Part, Progress
 from bitladder.stats.bootstrap import SEED
 from bitladder.walk.driver import Builder, Member, MemberGroup, Resumable, Stream, backward, forward
@@ -38,7 +40,7 @@ from bitladder.walk.inputs import InputStatistics, InputWatch, Sums, Wants, merg
 from bitladder.walk.keep import Arrays, Keep
 from bitladder.walk.layers import LayeredModel, tensor_at
 from bitladder.walk.products import products
-from bitladder.walk.states import Batch, States
+from bitladder.walk.states import Batch, States, batches_of
 from bitladder.walk.transforms import permute
 from bitladder.walk.weights import LevelWeights
 
@@ -64,11 +66,48 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class EmbeddingSensitivity:
-    """What errors of the embedding's rows cost: half of ``sum_ij weights[i, j] D[tokens[i], j]^2 / predictions``."""
+    """What errors of the embedding's rows cost: half of ``sum_ij weights[i, j] D[tokens[i], j]^2 / predictions``.
+
+    ``curvature`` f64[n_embd, n_embd] knows of channels together what ``weights`` knows of each: the mean of ``g g^T``
+    over all places where a token stands, g the gradient at its row; shrunk towards its diagonal (``gptq.shrink``).
+    ``counts`` i64[tokens]: how many of these places each token has.
+    """
 
     tokens: NDArray[np.int64]
+    counts: NDArray[np.int64]
     weights: F64
     predictions: int
+    curvature: F64
+
+
+def embedding_curvature(head: Sensitivity, embedding: EmbeddingSensitivity) -> F64:
+    """The Hessian f64[n_embd, n_embd] that codes of the embedding are fitted under, in the place of the mean of
+    ``x x^T`` of other matrices; where it is the output matrix, too, what is added to that of its inputs.
+
+    As output row t costs the mean of ``p_t (1 - p_t) (D_t x)^2``; as embedding ``(D_t g)^2`` as often as t occurs,
+    which is the mean of p_t. So rows of all frequencies weigh both alike: ``E[x x^T]`` and ``E[g g^T] / s``, with s
+    the sum over t of the mean of ``p_t (1 - p_t)``.
+    """
+    if head.name != EMBEDDING:
+        return embedding.curvature
+    return embedding.curvature / (float(head.rows.sum()) / head.predictions)
+
+
+class _Embedding(Builder):
+    """Gradients go back through a layer, and nothing is asked of it."""
+
+    def __init__(self, model: LayeredModel, weights: LevelWeights, there: Stream) -> None:
+        super().__init__(weights)
+        self.model, self._there = model, there
+
+    def build(self, stream: Stream, layer: int, states: States) -> None:
+        """As ``Builder``."""
+        block = self.load(self.model, layer)
+        entered = self._there.entered.pop()
+        for shard in stream.shards:
+            for batch in shard:
+                send_back(self.model, block, layer, batch, entered, states, half=stream.half)
+        self._there.shelf.give_back(entered)
 
 
 Take = Callable[[Sensitivity | EmbeddingSensitivity], None]
@@ -143,7 +182,7 @@ class SensitivityPass:
         back.finished()
         progress("sensitivity", total, total)
 
-    def _gradients(self, there: Stream, take: Take) -> Gradients:
+    def _gradients(self, there: Stream, take: Take) -> Builder:
         return Gradients(self.model, self._weights, there, take, self._results, held_out=self._held_out)
 
     def _stream(self, member: Member, *, remember: bool = False, back: bool = False) -> Stream:
@@ -225,13 +264,42 @@ class SensitivityPass:
         """Squared gradients at the embeddings, summed over the places where each token occurs."""
         scale = self.model.embedding_energy
         ids = np.concatenate([batch.tokens[batch.valid] for batch in self._batches])
-        squares = np.concatenate(
-            [gradients.get(batch).cpu().numpy()[batch.valid].astype(np.float64) ** 2 for batch in self._batches]
+        slopes = np.concatenate(
+            [gradients.get(batch).cpu().numpy()[batch.valid].astype(np.float64) for batch in self._batches]
         )[:, : self.model.model.dims.n_embd]
-        tokens, where = np.unique(ids, return_inverse=True)
-        weights = np.zeros((len(tokens), squares.shape[1]))
-        np.add.at(weights, where, squares * scale)
-        return EmbeddingSensitivity(tokens, weights, self.predictions)
+        tokens, where, counts = np.unique(ids, return_inverse=True, return_counts=True)
+        weights = np.zeros((len(tokens), slopes.shape[1]))
+        np.add.at(weights, where, slopes**2 * scale)
+        curvature = slopes.T @ slopes * (scale / len(ids))
+        gptq.shrink(curvature, len(ids))
+        return EmbeddingSensitivity(tokens, counts, weights, self.predictions, curvature)
+
+
+class EmbeddingPass(SensitivityPass):
+    """The same for the head and the embedding alone."""
+
+    def _gradients(self, there: Stream, take: Take) -> Builder:  # noqa: ARG002
+        return _Embedding(self.model, self._weights, there)
+
+
+def curvature_of(
+    model: LayeredModel,
+    weights: LevelWeights,
+    windows: Sequence[Window],
+    *,
+    state_bytes: int,
+    spill: Path,
+    half: bool,
+    progress: Progress,
+) -> F64:
+    """``embedding_curvature`` from gradients on windows; arguments as of ``SensitivityPass``."""
+    found: list[Sensitivity | EmbeddingSensitivity] = []
+    passes = EmbeddingPass(model, weights, batches_of(windows), state_bytes=state_bytes, spill=spill, half=half)
+    passes.run(found.append, progress)
+    head, embedding = found
+    assert isinstance(head, Sensitivity)
+    assert isinstance(embedding, EmbeddingSensitivity)
+    return embedding_curvature(head, embedding)
 
 
 def predictions_of(batches: Sequence[Batch]) -> int:

@@ -1,0 +1,80 @@
+"""What errors of the embedding cost where it is looked up: the Hessian that its codes are fitted under.
+
+It takes gradients of a few thousand tokens. Weighing a model for recipes has them at hand and keeps what they say; who
+fits a level without that finds it here, by the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitladder import __version__
+from bitladder.describe.windows import Window, tokens_hash, weighing_part
+from bitladder.files.atomic import written_aside
+from bitladder.files.folders import cache_folder, cache_key
+from bitladder.files.gguf import GgufFile
+from bitladder.progress import Progress
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.sensitivity import curvature_of
+from bitladder.walk.weights import FileWeights
+
+F64 = NDArray[np.float64]
+
+
+def kept_curvature(
+    source: GgufFile,
+    model: LayeredModel,
+    weights: FileWeights,
+    windows: Sequence[Window],
+    *,
+    half: bool,
+    state_bytes: int,
+    spill: Path,
+    progress: Progress,
+) -> F64:
+    """``walk.sensitivity.curvature_of`` f64[n_embd, n_embd], from a part of the windows; kept between runs.
+
+    Args:
+        source: the model.
+        model: its layers.
+        weights: its weights.
+        windows: calibration text.
+        half: multiply in bfloat16.
+        state_bytes: hidden states beyond this go to files in ``spill``.
+        spill: a folder.
+        progress: told after each layer.
+    """
+    some = weighing_part(windows)
+    width = source.model.dims.n_embd
+    if (known := _read(_place(source, some, half), width)) is not None:
+        return known
+    own = curvature_of(model, weights, some, half=half, state_bytes=state_bytes, spill=spill, progress=progress)
+    keep_curvature(source, some, half, own)
+    return own
+
+
+def keep_curvature(source: GgufFile, windows: Sequence[Window], half: bool, curvature: F64) -> None:
+    """Keep what gradients on these windows said."""
+    try:
+        with written_aside(_place(source, windows, half)) as file:
+            np.save(file, curvature)
+    except OSError:
+        pass  # it is found again
+
+
+def _place(source: GgufFile, windows: Sequence[Window], half: bool) -> Path:
+    key = cache_key("embedding curvature", __version__, source.sha256, tokens_hash(windows), str(half))
+    return cache_folder("sensitivity", f"{key[:32]}.npy")
+
+
+def _read(path: Path, width: int) -> F64 | None:
+    """What was kept there; None where there is nothing, or not that."""
+    try:
+        kept = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return kept if isinstance(kept, np.ndarray) and kept.shape == (width, width) and kept.dtype == np.float64 else None

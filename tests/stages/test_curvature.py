@@ -1,0 +1,125 @@
+"""What errors of the embedding cost: found once, kept, and what its codes are fitted under."""
+
+import math
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import tiny_models
+from bitladder.cli.app import app
+from bitladder.describe.windows import Window, weighing_part
+from bitladder.files.gguf import GgufFile
+from bitladder.formats.recipes import is_quantizable
+from bitladder.kernels import dequantize, quantize
+from bitladder.progress import silent
+from bitladder.records.recipe import Recipe
+from bitladder.stages import feedback
+from bitladder.stages.curvature import keep_curvature, kept_curvature
+from bitladder.stages.feedback import write_with_feedback
+from bitladder.stages.job import Job
+from bitladder.stages.sensitivity import weigh
+from bitladder.walk.layers import LayeredModel
+from bitladder.walk.sensitivity import EmbeddingPass
+from bitladder.walk.weights import FileWeights
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _opened(name, tmp_path, count=60):
+    case = tiny_models.CASES[name]
+    path = tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")
+    rng = np.random.default_rng(0)
+    return path, [Window(f"t{n}", rng.integers(0, tiny_models.N_VOCAB, 100)) for n in range(count)]
+
+
+def _found(source, windows, tmp_path):
+    weights = FileWeights(source)
+    return kept_curvature(
+        source, LayeredModel(source.model, weights), weights, windows,
+        half=False, state_bytes=1 << 30, spill=tmp_path, progress=silent,
+    )  # fmt: skip
+
+
+class _Asked(Exception):
+    """Gradients were taken."""
+
+
+def _refuse(*_, **__):
+    raise _Asked
+
+
+@pytest.mark.parametrize("name", ["llama", "llama with biases"])
+def test_weighing_finds_what_fitting_finds(name, tmp_path, monkeypatch):
+    """Bytes of a file do not depend on whether its model was weighed before."""
+    path, windows = _opened(name, tmp_path)
+    with GgufFile.open(path) as source:
+        alone = _found(source, windows, tmp_path)
+        weighed = weigh(source, weighing_part(windows), half=False)
+        np.testing.assert_array_equal(weighed.curvature, alone)
+        monkeypatch.setattr(EmbeddingPass, "run", _refuse)
+        np.testing.assert_array_equal(_found(source, windows, tmp_path), alone)
+        with pytest.raises(_Asked):
+            _found(source, windows[:30], tmp_path)
+
+
+@pytest.mark.parametrize("kept", [b"", b"no array", "pickled", "another shape", "another type"])
+def test_what_was_kept_and_is_no_curvature_is_found_again(kept, tmp_path, cache):
+    path, windows = _opened("llama", tmp_path, 12)
+    with GgufFile.open(path) as source:
+        found = _found(source, windows, tmp_path)
+        [file] = (cache / "sensitivity").glob("*.npy")
+        if isinstance(kept, bytes):
+            file.write_bytes(kept)
+        else:
+            hostile = {
+                "pickled": np.array([print], object), "another shape": found[1:], "another type": found.astype("f4"),
+            }  # fmt: skip
+            np.save(file, hostile[kept], allow_pickle=True)
+        np.testing.assert_array_equal(_found(source, windows, tmp_path), found)
+        np.testing.assert_array_equal(np.load(file), found)
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, cache):
+    path, windows = _opened("llama", tmp_path, 12)
+    cache.write_text("a file where the folder belongs")
+    with GgufFile.open(path) as source:
+        assert np.isfinite(_found(source, windows, tmp_path)).all()
+        keep_curvature(source, windows, False, np.zeros((2, 2)))
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_recipe_takes_gradients_once(tmp_path, monkeypatch):
+    path, windows = _opened("llama", tmp_path, 36)
+    monkeypatch.setattr(Job, "windows", lambda *_: windows)  # tiny models have no tokenizer
+    monkeypatch.setattr(EmbeddingPass, "run", _refuse)
+    made = CliRunner().invoke(app, ["recipe", str(path), "--bpw", "5.5", "--out", str(tmp_path / "out")])
+    assert made.exit_code == 0, made.output
+
+
+@pytest.mark.parametrize("name", ["llama", "llama with biases"])
+def test_the_embedding_is_fitted_under_what_its_errors_cost(name, tmp_path, monkeypatch):
+    """Under a curvature with lines that cost much, which the head of a random model knows nothing of."""
+    path, windows = _opened(name, tmp_path, 12)
+    with GgufFile.open(path) as source:
+        kinds = {info.name: "Q4_0" if is_quantizable(info) else info.qtype for info in source.model.tensors}
+        recipe = Recipe("test", "llama", kinds, 0, math.nan, None)
+        original = FileWeights(source)("token_embd.weight")
+        lines = np.random.default_rng(1).standard_normal((8, original.shape[1]))
+        steep = 1e6 * (lines.T @ lines + 0.01 * np.eye(original.shape[1]))
+
+        def cost(data):
+            wrong = (dequantize(data, "Q4_0") - original).astype(np.float64)
+            return np.einsum("rk,kl,rl->", wrong, steep, wrong)
+
+        monkeypatch.setattr(feedback, "kept_curvature", lambda *_, **__: steep)
+        fitted = write_with_feedback(source, recipe, tmp_path / "out", windows)
+        monkeypatch.setattr(feedback, "kept_curvature", _refuse)  # where the embedding stays as it is
+        kept = kinds | {"token_embd.weight": source.info("token_embd.weight").qtype}
+        write_with_feedback(source, Recipe("kept", "llama", kept, 0, math.nan, None), tmp_path / "out", windows)
+    with GgufFile.open(fitted.file.path) as file:
+        assert cost(file.raw("token_embd.weight")) < 0.3 * cost(quantize(original, "Q4_0"))
