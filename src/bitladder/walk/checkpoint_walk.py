@@ -14,7 +14,7 @@ from bitladder.formats import disk_names
 from bitladder.levels import CheckpointLevel, FoldedLevel
 from bitladder.levels.methods import Statistics
 from bitladder.levels.products import ImportanceVectors, Product, statistics_of
-from bitladder.progress import Progress, silent
+from bitladder.progress import Part, Progress
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Spread, Stream, forward
 from bitladder.walk.ends import ends_of, quantize_ends
@@ -89,13 +89,15 @@ class CalibrationWalk:
         forward(streams, progress)
         both = zip(self._everywhere(sequential), streams[bool(plain) :], strict=True)
         whole = [(level, stream) for level, stream in both if level is not None]
+        n_layer = self.model.n_layer
         if whole:
             curvature = curvature_of(
                 self.model, self.weights, weighing_part(windows), state_bytes=self.settings.state_bytes,
-                spill=self.stores[whole[0][0]].partial, half=self.settings.half_products, progress=silent,
+                spill=self.stores[whole[0][0]].partial, half=self.settings.half_products,
+                progress=Part(progress, n_layer, n_layer, n_layer),
             )  # fmt: skip
         for level, stream in whole:
-            progress(f"{level.name}: embedding and head", self.model.n_layer, self.model.n_layer)
+            progress(f"{level.name}: embedding and head", n_layer, n_layer)
             quantize_ends(
                 stream, self.model, level, self.stores[level], self.dtype, damp=self.settings.damp,
                 act_order=self.settings.act_order, curvature=curvature,
