@@ -67,7 +67,7 @@ def test_weighing_finds_what_fitting_finds(name, tmp_path, monkeypatch):
             _found(source, windows[:30], tmp_path)
 
 
-@pytest.mark.parametrize("kept", [b"", b"no array", "pickled", "another shape", "another type"])
+@pytest.mark.parametrize("kept", [b"", b"no array", "pickled", "another shape", "another type", "huge"])
 def test_what_was_kept_and_is_no_curvature_is_found_again(kept, tmp_path, cache):
     path, windows = _opened("llama", tmp_path, 12)
     with GgufFile.open(path) as source:
@@ -75,6 +75,9 @@ def test_what_was_kept_and_is_no_curvature_is_found_again(kept, tmp_path, cache)
         [file] = (cache / "sensitivity").glob("*.npy")
         if isinstance(kept, bytes):
             file.write_bytes(kept)
+        elif kept == "huge":
+            with file.open("wb") as out:
+                np.lib.format.write_array_header_1_0(out, {"descr": "<f8", "fortran_order": False, "shape": (1 << 50,)})
         else:
             hostile = {
                 "pickled": np.array([print], object), "another shape": found[1:], "another type": found.astype("f4"),
@@ -92,7 +95,13 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, cache):
         keep_curvature(source, windows, False, np.zeros((2, 2)))
 
 
-@pytest.mark.usefixtures("cache")
+def test_feedback_is_expected_to_leave_less_of_what_the_embedding_loses(tmp_path):
+    path, windows = _opened("llama with biases", tmp_path)
+    with GgufFile.open(path) as source:
+        losses = weigh(source, windows, half=False).table.losses["token_embd.weight"]
+    assert all(0.2 * one.plain < one.fed < 0.99 * one.plain for one in losses if one.plain)
+
+
 def test_a_recipe_takes_gradients_once(tmp_path, monkeypatch):
     path, windows = _opened("llama", tmp_path, 36)
     monkeypatch.setattr(Job, "windows", lambda *_: windows)  # tiny models have no tokenizer

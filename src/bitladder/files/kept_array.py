@@ -37,7 +37,7 @@ class KeptArray:
             return None
         try:
             found = np.load(self._path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):  # none, or cut short
+        except (OSError, ValueError, EOFError, MemoryError):  # none, cut short, or not one of ours
             return None
         return found if isinstance(found, np.ndarray) and found.dtype == self._dtype else None
 

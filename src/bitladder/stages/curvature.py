@@ -7,6 +7,7 @@ fits a level without that finds it here, by the same arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 
 from bitladder import __version__
 from bitladder.describe.windows import Window, tokens_hash, weighing_part
-from bitladder.files.atomic import written_aside
-from bitladder.files.folders import cache_folder, cache_key
+from bitladder.errors import OutputError
+from bitladder.files.folders import cache_folder
 from bitladder.files.gguf import GgufFile
+from bitladder.files.kept_array import KeptArray
 from bitladder.progress import Progress
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.sensitivity import curvature_of
@@ -49,8 +51,8 @@ def kept_curvature(
         progress: told after each layer.
     """
     some = weighing_part(windows)
-    width = source.model.dims.n_embd
-    if (known := _read(_place(source, some, half), width)) is not None:
+    known, width = _kept(source, some, half).load(), source.model.dims.n_embd
+    if known is not None and known.shape == (width, width):
         return known
     own = curvature_of(model, weights, some, half=half, state_bytes=state_bytes, spill=spill, progress=progress)
     keep_curvature(source, some, half, own)
@@ -58,23 +60,11 @@ def kept_curvature(
 
 
 def keep_curvature(source: GgufFile, windows: Sequence[Window], half: bool, curvature: F64) -> None:
-    """Keep what gradients on these windows said."""
-    try:
-        with written_aside(_place(source, windows, half)) as file:
-            np.save(file, curvature)
-    except OSError:
-        pass  # it is found again
+    """Keep what gradients on these windows said; where that cannot be, it is found again."""
+    with suppress(OutputError):
+        _kept(source, windows, half).save(curvature)
 
 
-def _place(source: GgufFile, windows: Sequence[Window], half: bool) -> Path:
-    key = cache_key("embedding curvature", __version__, source.sha256, tokens_hash(windows), str(half))
-    return cache_folder("sensitivity", f"{key[:32]}.npy")
-
-
-def _read(path: Path, width: int) -> F64 | None:
-    """What was kept there; None where there is nothing, or not that."""
-    try:
-        kept = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return kept if isinstance(kept, np.ndarray) and kept.shape == (width, width) and kept.dtype == np.float64 else None
+def _kept(source: GgufFile, windows: Sequence[Window], half: bool) -> KeptArray:
+    key = ("embedding curvature", __version__, source.sha256, tokens_hash(windows), str(half))
+    return KeptArray(cache_folder("sensitivity"), *key)
