@@ -15,12 +15,14 @@ from bitladder.files.checkpoint_check import CheckpointReader, format_of_folder
 from bitladder.files.gguf import GgufFile
 from bitladder.levels import CheckpointLevel, Needs, parse_level
 from bitladder.levels.checkpoints import recognised
+from bitladder.plan import preflight
 from bitladder.plan.cost import level_size
 from bitladder.progress import silent
+from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.inspect import inspect_folder
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.sensitivity import curvature_of
+from bitladder.walk.sensitivity import EmbeddingPass, curvature_of
 from bitladder.walk.weights import FileWeights
 from mlx_here import needs_mlx
 from tiny_checkpoints import decoded, difference, loaded, run, tiny, windows_of
@@ -174,6 +176,31 @@ def test_feedback_reaches_head_and_embedding(tmp_path):
     ]  # fmt: skip
     mine, nearest = (float(np.einsum("rk,kl,rl->", own, cost, own)) for own in wrong)
     assert mine < 0.8 * nearest
+
+
+def test_gradients_are_foreseen_and_taken_once(tmp_path, monkeypatch):
+    """Levels whose layers alone are quantized need none."""
+    _, checkpoint, gguf = in_bfloat16("llama", tmp_path)
+
+    def foreseen(level):
+        with GgufFile.open(gguf) as source:
+            reading = Reading(windows_of(1))
+            job = Calibration(
+                source, [parse_level(level)], reading, out_dir=tmp_path, name="tiny", checkpoint=checkpoint
+            )
+            return job.need.seconds
+
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(preflight, "ASSUMED_FLOPS", 1e6)
+    asked = []
+    gradients = EmbeddingPass.run
+    monkeypatch.setattr(EmbeddingPass, "run", lambda *args: asked.append(1) or gradients(*args))
+    before = foreseen("MLX-3bit-g32")
+    assert before > 10 * foreseen("GPTQ-4bit-g32")
+    run(gguf, ["MLX-4bit-g32"], tmp_path, checkpoint)
+    assert before > 10 * foreseen("MLX-3bit-g32")
+    run(gguf, ["MLX-3bit-g32"], tmp_path, checkpoint)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(("name", "layer", "leaf"), [("mixtral", 0, "w2"), ("ernie4_5moe", 1, "down_proj")])

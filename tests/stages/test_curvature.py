@@ -1,6 +1,8 @@
 """What errors of the embedding cost: found once, kept, and what its codes are fitted under."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +14,17 @@ from bitladder.describe.windows import Window, weighing_part
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.recipes import is_quantizable
 from bitladder.kernels import dequantize, quantize
+from bitladder.plan import preflight
 from bitladder.progress import silent
 from bitladder.records.recipe import Recipe
 from bitladder.stages import feedback
+from bitladder.stages import recipe as recipes
 from bitladder.stages.curvature import keep_curvature, kept_curvature
 from bitladder.stages.feedback import write_with_feedback
-from bitladder.stages.job import Job
+from bitladder.stages.job import Build, Job, Journal
 from bitladder.stages.sensitivity import weigh
 from bitladder.walk.layers import LayeredModel
+from bitladder.walk.products import wants_half_products
 from bitladder.walk.sensitivity import EmbeddingPass
 from bitladder.walk.weights import FileWeights
 
@@ -37,11 +42,11 @@ def _opened(name, tmp_path, count=60):
     return path, [Window(f"t{n}", rng.integers(0, tiny_models.N_VOCAB, 100)) for n in range(count)]
 
 
-def _found(source, windows, tmp_path):
+def _found(source, windows, tmp_path, *, half=False):
     weights = FileWeights(source)
     return kept_curvature(
         source, LayeredModel(source.model, weights), weights, windows,
-        half=False, state_bytes=1 << 30, spill=tmp_path, progress=silent,
+        half=half, state_bytes=1 << 30, spill=tmp_path, progress=silent,
     )  # fmt: skip
 
 
@@ -108,6 +113,32 @@ def test_a_recipe_takes_gradients_once(tmp_path, monkeypatch):
     monkeypatch.setattr(EmbeddingPass, "run", _refuse)
     made = CliRunner().invoke(app, ["recipe", str(path), "--bpw", "5.5", "--out", str(tmp_path / "out")])
     assert made.exit_code == 0, made.output
+
+
+def test_gradients_are_foreseen_until_they_are_kept(tmp_path, monkeypatch):
+    """Of files whose embedding is quantized; others need none."""
+    path, windows = _opened("llama", tmp_path, 36)
+    monkeypatch.setattr(preflight, "ASSUMED_FLOPS", 1e6)
+
+    def fitting(source, kinds):
+        """Seconds that are foreseen; nothing is written."""
+        asked = []
+        job = SimpleNamespace(
+            source=source, executor=None, journal=Journal(), threads=1, device="cpu", progress=silent
+        )  # fmt: skip
+        recipe = Recipe("test", "llama", kinds, 0, math.nan, None)
+        monkeypatch.setattr(recipes, "forecast", lambda need, *_: asked.append(need) or nullcontext())
+        monkeypatch.setattr(feedback, "write_with_feedback", lambda *_, **__: None)
+        recipes.write_recipe(job, recipe, windows, Build(out=tmp_path / "out"))
+        return asked[0].seconds
+
+    with GgufFile.open(path) as source:
+        kinds = {info.name: "Q4_0" if is_quantizable(info) else info.qtype for info in source.model.tensors}
+        plain = kinds | {"token_embd.weight": source.info("token_embd.weight").qtype}
+        whole, layers = fitting(source, kinds), fitting(source, plain)
+        assert whole > 1.3 * layers
+        _found(source, windows, tmp_path, half=wants_half_products(None, "cpu"))
+        assert fitting(source, kinds) == layers
 
 
 @pytest.mark.parametrize("name", ["llama", "llama with biases"])

@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bitladder import __version__, system
 from bitladder.describe.text import Document, text_hash
@@ -50,6 +52,7 @@ from bitladder.records.coverage import coverage, coverage_of_counts
 from bitladder.records.reading import from_json
 from bitladder.records.recipe import Tuning
 from bitladder.report.recipe import tuning_line
+from bitladder.stages.curvature import curvature_seconds, kept_curvature
 from bitladder.stages.forecast import largest_layer, with_tuning
 from bitladder.stages.model_route import route_of
 from bitladder.stages.tuning import Tuner
@@ -184,7 +187,7 @@ class Calibration:
             else:
                 self._stores[level] = vector_file(source, level, reading.hash, self._settings)
         self._missing = {level: store for level, store in self._stores.items() if not store.is_complete()}
-        self._walk = CalibrationWalk(model, weights, self._missing, dtype, self._settings)
+        self._walk = CalibrationWalk(model, weights, self._missing, dtype, self._settings, curvature=self._curvature)
         self._shapes = self._walk.shapes()
         for level in levels:
             if isinstance(level, CheckpointLevel):
@@ -205,6 +208,10 @@ class Calibration:
         seen = self._walking
         what = f"calibrate {names} on {self._tokens} tokens"
         need = JobNeed(what, seen.ram_bytes, 0, seen.disk_bytes, seen.seconds, Basis.MEASURED, "calibrate")
+        if self._everywhere():
+            half = self._settings.half_products
+            found = curvature_seconds(self.source, self.reading.windows, half=half)
+            need = replace(need, seconds=need.seconds + found)
         for level in self._missing:
             if isinstance(level, CheckpointLevel) and tunes(level, self.reading):
                 need = with_tuning(need, self.source, self._numbers(level), self.reading.tuning)
@@ -232,6 +239,22 @@ class Calibration:
             self._tune(progress)
             measured = self._finished(predicted, started)
         return self._collected(predicted, measured, progress)
+
+    def _everywhere(self) -> list[LayerStore]:
+        """Where levels are made whose embedding and head are quantized, too."""
+        return [
+            store
+            for level, store in self._missing.items()
+            if isinstance(level, CheckpointLevel) and level.format.everywhere
+        ]
+
+    def _curvature(self, progress: Progress) -> NDArray[np.float64]:
+        """What codes of the embedding are fitted under."""
+        walk, settings = self._walk, self._settings
+        return kept_curvature(
+            self.source, walk.model, walk.weights, self.reading.windows, half=settings.half_products,
+            state_bytes=settings.state_bytes, spill=self._everywhere()[0].partial, progress=progress,
+        )  # fmt: skip
 
     def _numbers(self, level: CheckpointLevel) -> int:
         """How many numbers of a level can move, at most."""

@@ -19,7 +19,9 @@ from bitladder.errors import OutputError
 from bitladder.files.folders import cache_folder
 from bitladder.files.gguf import GgufFile
 from bitladder.files.kept_array import KeptArray
+from bitladder.plan.preflight import WALK_START_S
 from bitladder.progress import Progress
+from bitladder.stages.forecast import PASSES, walking_need
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.sensitivity import curvature_of
 from bitladder.walk.weights import FileWeights
@@ -57,6 +59,14 @@ def kept_curvature(
     own = curvature_of(model, weights, some, half=half, state_bytes=state_bytes, spill=spill, progress=progress)
     keep_curvature(source, some, half, own)
     return own
+
+
+def curvature_seconds(source: GgufFile, windows: Sequence[Window], *, half: bool) -> float:
+    """How long ``kept_curvature`` will take, by formula; 0 where it is kept."""
+    some = weighing_part(windows)
+    if not some or _kept(source, some, half).is_there():
+        return 0.0
+    return walking_need(source, some, PASSES).seconds - WALK_START_S  # within a job that counts its start itself
 
 
 def keep_curvature(source: GgufFile, windows: Sequence[Window], half: bool, curvature: F64) -> None:

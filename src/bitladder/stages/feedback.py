@@ -336,9 +336,8 @@ def _other(job: _Job, name: str, seen: InputStatistics | None) -> Iterator[NDArr
 def _seen(job: _Job, name: str, states: States, state_bytes: int, spill: Path) -> InputStatistics | None:
     """Statistics that the codes of the output matrix or the embedding are fitted to; None of other tensors and of types
     without feedback."""
-    info, model = job.source.info(name), job.model
-    qtype = job.recipe.qtypes.get(name, info.qtype)
-    if name not in (model.output, EMBEDDING) or qtype == info.qtype or not takes_feedback(qtype):
+    model = job.model
+    if name not in (model.output, EMBEDDING) or not _is_fitted(job.source, job.recipe, name):
         return None
     read = _at_the_head(job, states) if name == model.output else None
     if name != EMBEDDING:
@@ -349,6 +348,17 @@ def _seen(job: _Job, name: str, states: States, state_bytes: int, spill: Path) -
         spill=spill, progress=Part(job.progress, model.n_layer, model.n_layer + 0.5, model.n_layer + 1.0),
     )  # fmt: skip
     return statistics_of(cost if read is None else cost + read.gram, tokens)
+
+
+def fits_embedding(source: GgufFile, recipe: Recipe) -> bool:
+    """Whether codes of the embedding will be chosen with error feedback."""
+    return _is_fitted(source, recipe, EMBEDDING)
+
+
+def _is_fitted(source: GgufFile, recipe: Recipe, name: str) -> bool:
+    stored = source.info(name).qtype
+    qtype = recipe.qtypes.get(name, stored)
+    return qtype != stored and takes_feedback(qtype)
 
 
 def _at_the_head(job: _Job, states: States) -> InputStatistics:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _ASSUMED_RANGE = 2.5
 """Factor either way before any job of a kind has run here: about what the first ones strayed by."""
 _WORTH_SAYING_S = 3.0
+PASSES = ("", "", "")
+"""Beside the way there, in the place of levels: the way back through a model costs three passes more."""
 
 
 @contextmanager

@@ -269,23 +269,27 @@ def write_recipe(
         NothingFits: too little memory or disk.
     """
     from bitladder.plan.tuning import numbers_of_level
-    from bitladder.stages.feedback import write_with_feedback
+    from bitladder.stages.curvature import curvature_seconds
+    from bitladder.stages.feedback import fits_embedding, write_with_feedback
     from bitladder.walk.feedback import FeedbackSettings
     from bitladder.walk.products import half_for
 
-    need = replace(
-        walking_need(job.source, windows, (recipe.label,), kind="fit"),
-        what=f"fit {recipe.label} to {sum(len(window.tokens) for window in windows)} tokens",
-        disk_bytes=recipe.bytes,
+    settings = FeedbackSettings(
+        effort=build.effort, threads=job.threads, device=job.device, half=half_for(job.executor)
     )
+    need = walking_need(job.source, windows, (recipe.label,), kind="fit")
+    seconds = need.seconds
+    if fits_embedding(job.source, recipe):
+        seconds += curvature_seconds(job.source, windows, half=settings.half_products)
+    need = replace(
+        need, what=f"fit {recipe.label} to {sum(len(window.tokens) for window in windows)} tokens",
+        disk_bytes=recipe.bytes, seconds=seconds,
+    )  # fmt: skip
     if tuning:
         numbers = numbers_of_level(job.source.model.tensors, recipe.qtypes)
         need = with_tuning(need, job.source, numbers, tuning)
     there = (build.out / f"{job.source.model.name}-{recipe.label}.gguf").exists()
     with nullcontext() if there else forecast(need, job.journal, build.out):
-        settings = FeedbackSettings(
-            effort=build.effort, threads=job.threads, device=job.device, half=half_for(job.executor)
-        )
         return write_with_feedback(
             job.source, recipe, build.out, windows, settings=settings, tuning=tuning, force=build.force,
             folders=build.folders, is_kept=kept_by_evidence(job.journal), progress=job.progress,

@@ -15,7 +15,7 @@ from bitladder.records import to_json
 from bitladder.records.reading import read_json
 from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.calibration import calibration_texts
-from bitladder.stages.forecast import forecast, walking_need
+from bitladder.stages.forecast import PASSES, forecast, walking_need
 from bitladder.stages.job import CalibrationPart, Job
 from bitladder.stages.model_route import route_of
 
@@ -128,7 +128,7 @@ def weighed_tensors(
     if (table := read_table(kept)) is not None:
         job.journal.reuse("sensitivity", [source.model.name])
         return table, kept
-    need = walking_need(source, parts.weighing, ("",) * 3, kind="weigh")
+    need = walking_need(source, parts.weighing, PASSES, kind="weigh")
     with forecast(need.named(f"weigh {source.model.name}'s tensors"), job.journal):
         keep = cache_folder("walks", "weigh")
         weighed = weigh(

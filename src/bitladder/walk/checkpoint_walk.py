@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from bitladder.describe.windows import Window, weighing_part
+from bitladder.describe.windows import Window
 from bitladder.files.layer_store import LayerStore
 from bitladder.files.safetensors_writer import PiecewiseTensor
 from bitladder.formats import disk_names
@@ -25,9 +27,10 @@ from bitladder.walk.layers import LayeredModel
 from bitladder.walk.made import Made, MadeImportance, cast
 from bitladder.walk.products import wants_half_products
 from bitladder.walk.rounded import RoundedLevel
-from bitladder.walk.sensitivity import curvature_of
 from bitladder.walk.states import CALIBRATION_TOKENS, Batch, batches_of, shard_count
 from bitladder.walk.weights import FileWeights
+
+F64 = NDArray[np.float64]
 
 _ROWS_AT_ONCE = 4096
 FLOAT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -66,8 +69,20 @@ class CalibrationWalk:
         stores: Mapping[Product, LayerStore],
         dtype: torch.dtype,
         settings: Settings,
+        *,
+        curvature: Callable[[Progress], F64],
     ) -> None:
-        """``stores``: where each thing asked for is kept. ``dtype``: of everything that stays float."""
+        """
+        Args:
+            model: its layers.
+            weights: its weights.
+            stores: where each thing asked for is kept.
+            dtype: of everything that stays float.
+            settings: how to calibrate.
+            curvature: finds what codes of the embedding are fitted under (``walk.sensitivity.embedding_curvature``);
+                asked once, where a level quantizes that.
+        """
+        self._curvature = curvature
         self._spread: Spread | None = None
         self.model, self.weights, self.stores = model, weights, stores
         self.dtype, self.settings = dtype, settings
@@ -91,11 +106,7 @@ class CalibrationWalk:
         whole = [(level, stream) for level, stream in both if level is not None]
         n_layer = self.model.n_layer
         if whole:
-            curvature = curvature_of(
-                self.model, self.weights, weighing_part(windows), state_bytes=self.settings.state_bytes,
-                spill=self.stores[whole[0][0]].partial, half=self.settings.half_products,
-                progress=Part(progress, n_layer, n_layer, n_layer),
-            )  # fmt: skip
+            curvature = self._curvature(Part(progress, n_layer, n_layer, n_layer))
         for level, stream in whole:
             progress(f"{level.name}: embedding and head", n_layer, n_layer)
             quantize_ends(
