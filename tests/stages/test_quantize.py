@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import bitladder
 from bitladder.errors import BadInput, BadWeights, OutputError, UnknownLevel, UsageError
@@ -450,6 +451,25 @@ def test_a_device_that_is_not_there_is_told_before_any_work(tmp_path, tiny):
     with pytest.raises(UsageError, match="torch has no device 'cuda:99' here"):
         build_levels(str(tiny), parse_levels(["Q8_0"]), Build(out=tmp_path / "out"), Work(device="cuda:99"))
     assert not (tmp_path / "out").exists()
+
+
+def test_levels_larger_than_their_names_say_so(tmp_path):
+    """Rows that blocks do not divide get larger types; who asks for two bits and gets six is told why."""
+    from bitladder.cli.app import app
+
+    def said(levels, **sizes):
+        name = f"m{len(list(tmp_path.iterdir()))}.gguf"
+        path = write_model(tmp_path / name, tiny_weights(**sizes), keys=[*LLAMA_KEYS, TOKENS])
+        command = ["quantize", str(path), "--to", levels, "--imatrix", "none", "--out", str(tmp_path / "out")]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    narrow = said("Q2_K,Q4_0", width=64, hidden=256)
+    assert "Rows of 64 weights do not divide into blocks of 256: larger types take their place in Q2_K (13 of" in narrow
+    assert "Q4_0 (" not in narrow
+    assert "do not divide" not in said("Q4_0", width=64, hidden=256)
+    assert "do not divide" not in said("Q2_K", width=256, hidden=512)
 
 
 # ---------------------------------------------------------------- going on after an end

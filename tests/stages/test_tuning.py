@@ -19,11 +19,11 @@ from bitladder.plan.recipe import recipe_bytes
 from bitladder.plan.tuning import chosen, held_places, numbers_of_level
 from bitladder.records.recipe import Recipe, Tuning
 from bitladder.report.recipe import tuning_line
-from bitladder.stages import calibration, feedback, tuning
+from bitladder.stages import calibration, feedback, mixed, quantize, recipe, tuning
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import file_candidate, walk
 from bitladder.stages.forecast import walking_need, with_tuning
-from bitladder.stages.job import Build
+from bitladder.stages.job import Build, Job
 from bitladder.walk import feedback as walk_feedback
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.tuning import TuneSettings
@@ -208,6 +208,44 @@ def test_tuning_is_for_files_that_are_written(tiny):
         result = CliRunner().invoke(app, ["recipe", str(source.path), "--bpw", "5", "--tune", "self", *more])
         assert result.exit_code != 0
         assert "--tune is for files that are written" in result.output
+
+
+COMMANDS = [
+    ["recipe", "--bpw", "5.5"], ["recipe", "--level", "Q4_K_M"], ["recipe", "--to", "vllm", "--bpw", "5"],
+    ["quantize", "--to", "GPTQ-Q4_K_M"], ["quantize", "--to", "GPTQ-4bit-g32"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("option", ["--tune", "--calibrate"])
+def test_a_text_that_is_not_there_is_told_before_anything_else(command, option, tmp_path):
+    verb, *options = command
+    text = tmp_path / "nowhere.txt"
+    model = tmp_path / "no model either.gguf"
+    result = CliRunner().invoke(
+        app, [verb, str(model), *options, option, str(text), "--out", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert f"The text {text} cannot be read" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_text_that_teaches_nothing_is_told_before_the_work(command, tmp_path, monkeypatch):
+    case = tiny_models.CASES["llama"]
+    path = tiny_models.write(case, tiny_models.make(case), tmp_path / "tiny.gguf")
+    windows = [Window(f"t{n}", np.arange(100) % tiny_models.N_VOCAB) for n in range(36)]
+    monkeypatch.setattr(Job, "windows", lambda *_: windows)  # one text for all: tiny models have no tokenizer
+    (text := tmp_path / "text.txt").write_text("words")
+    for place in (recipe, mixed):
+        monkeypatch.setattr(place, "weighed_tensors", lambda *_, **__: pytest.fail("the work was begun"))
+    for place, name in ((recipe, "write_recipe"), (quantize, "calibrate_levels")):
+        monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("the work was begun"))
+    verb, *options = command
+    result = CliRunner().invoke(
+        app, [verb, str(path), *options, "--tune", str(text), "--out", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert "The text to tune on is the one that codes are fitted to" in " ".join(result.output.split())
+    assert result.exit_code == 2
 
 
 def test_a_line_says_what_came_of_it():

@@ -126,10 +126,16 @@ def effort_named(text: str) -> Effort:
 
 
 def calibration_named(parts: list[str] | None) -> tuple[CalibrationPart, ...]:
-    """What to calibrate on; a file called ``self`` is ``./self``."""
+    """What to calibrate or tune on; a file called ``self`` is ``./self``. Raises BadInput for files that cannot be
+    read: later, minutes of other work would be over."""
+    from bitladder.files.texts import read_texts
     from bitladder.stages.job import SELF, SHIPPED, WIDE
 
-    return tuple(one if one in (SELF, SHIPPED, WIDE) else Path(one) for one in parts or ())
+    named = tuple(one if one in (SELF, SHIPPED, WIDE) else Path(one) for one in parts or ())
+    for part in named:
+        if isinstance(part, Path):
+            read_texts([part])
+    return named
 
 
 def way_named(text: str | None) -> Way | None:

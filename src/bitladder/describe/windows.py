@@ -159,7 +159,7 @@ def text_windows(
             f"The text is too short to measure or calibrate on: {len(ids)} document(s), "
             f"the longest of {longest} tokens; at least {SHORTEST} tokens in one document are needed.",
             means="Each prediction needs context before it, and an average needs many predictions.",
-            do="Give a longer text, a few thousand words say, or leave out --text to use the one that ships.",
+            do="Give a longer text, a few thousand words say, or leave it out to use the one that ships.",
         )
     return windows
 

@@ -12,12 +12,11 @@ from bitladder.levels.checkpoints.mixed import SCHEMES
 from bitladder.plan.schemes import choose_schemes
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe
-from bitladder.stages.calibration import calibration_texts
 from bitladder.stages.job import NONE, Build, CalibrationPart, Job, Work, opened
 from bitladder.stages.quantize import SortedLevels, calibrate_levels
 from bitladder.stages.recipe import AIM, RecipeResult, held, measured_on
 from bitladder.stages.schemes import SchemeStorage
-from bitladder.stages.weighing import RecipeTexts, parts_of_text, weighed_tensors
+from bitladder.stages.weighing import RecipeTexts, recipe_texts, weighed_tensors
 
 if TYPE_CHECKING:
     from bitladder.plan.recipe import Limits
@@ -54,7 +53,7 @@ def mix_of(job: Job, request: MixRequest) -> RecipeResult:
     """As ``make_mix``, of a model that is open already."""
     storage = SchemeStorage(job.source, request.schemes, checkpoint=job.found.checkpoint, threads=job.threads)
     storage.require(request.wish)
-    parts = parts_of_text(job.windows(calibration_texts(job, request.texts)))
+    parts = recipe_texts(job, request.texts, request.build)
     table, kept = weighed_tensors(job, parts, request.texts, storage)
 
     def chosen(table: SensitivityTable) -> Recipe:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder.errors import UsageError
-from bitladder.levels import CheckpointLevel, FeedbackLevel, FoldedLevel, Level, Needs, RecipeLevel
+from bitladder.levels import CheckpointLevel, FeedbackLevel, FileLevel, FoldedLevel, Level, Needs, RecipeLevel
 from bitladder.stages.calibration import calibration_texts, importance_file, importance_of, tuning_windows
 from bitladder.stages.forecast import building_need, forecast
 from bitladder.stages.job import AUTO, CPU, NONE, Build, Job, Work, opened
@@ -17,6 +17,7 @@ from bitladder.stages.known_files import kept_by_evidence
 from bitladder.stages.projector import deliver_projector
 
 if TYPE_CHECKING:
+    from bitladder.describe.model import Model
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
     from bitladder.files.gguf import GgufFile
@@ -124,7 +125,12 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
         from bitladder.stages.ladder_files import ladder_files
 
         files: list[Level] = [*asked.files, *asked.folded]
-        require(building_need(job, files, build), probe_machine(build.out))  # before a walk takes its minutes
+        # What is wrong is said before a walk takes its minutes.
+        require(building_need(job, files, build), probe_machine(build.out))
+        if build.tuning:
+            tuning_windows(job, job.windows(calibration_texts(job, build.calibration)), build)
+        if (said := _stand_ins(job.source.model, [*asked.files, *asked.folded, *asked.fitted])) is not None:
+            job.journal.warn(said)
         calibrated = calibrate_levels(job, asked, build)
         importance = _importance(job, asked, build, calibrated)
         made = ladder_files(job, [*files, *asked.fitted], build, importance=importance, calibrated=calibrated)
@@ -132,6 +138,31 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
     if calibrated is None:
         return Built(list(made.values()), projector=projector)
     return Built(list(made.values()), calibrated.checkpoints, calibrated.report, projector)
+
+
+def _stand_ins(model: Model, levels: Sequence[FileLevel]) -> str | None:
+    """Where rows do not divide into the blocks of a level's type, another takes its place, and the level is larger than
+    its name says."""
+    from bitladder.formats.blocks import QTYPES
+    from bitladder.formats.recipes import RECIPES, is_quantizable
+
+    matrices = [tensor.shape[-1] for tensor in model.tensors if is_quantizable(tensor)]
+    told, rows, blocks = [], set(), set()
+    for level in levels:
+        if level.recipe is None:
+            continue
+        block = QTYPES[RECIPES[level.recipe].qtype].block_size
+        if short := [columns for columns in matrices if columns % block]:
+            told.append(f"{level.name} ({len(short)} of {len(matrices)} matrices)")
+            rows.update(short)
+            blocks.add(block)
+    if not told:
+        return None
+    widths, sizes = (" and ".join(map(str, sorted(some))) for some in (rows, blocks))
+    return (
+        f"Rows of {widths} weights do not divide into blocks of {sizes}: larger types take their place in "
+        f"{', '.join(told)}."
+    )
 
 
 def _refuse_tuning(asked: SortedLevels) -> None:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from bitladder.errors import UsageError
 from bitladder.levels import FeedbackLevel
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable
-from bitladder.stages.calibration import calibration_texts, tuning_windows
+from bitladder.stages.calibration import tuning_windows
 from bitladder.stages.forecast import forecast, walking_need, with_tuning
 from bitladder.stages.job import Build, CalibrationPart, Job, Journal, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
 from bitladder.stages.projector import deliver_projector, projector_of
-from bitladder.stages.weighing import GgufStorage, RecipeTexts, keep_table, parts_of_text, weighed_tensors
+from bitladder.stages.weighing import GgufStorage, RecipeTexts, keep_table, recipe_texts, weighed_tensors
 
 if TYPE_CHECKING:
     from bitladder.describe.rates import PoolRates
@@ -88,8 +88,8 @@ def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
     else:
         level_named(request.level)  # a name that is none is refused before any work
     job.require_layers()
-    parts = parts_of_text(job.windows(calibration_texts(job, request.texts)))
     build = request.build
+    parts = recipe_texts(job, request.texts, build)
     if request.level is not None:
         recipe = named_recipe(source, request.level)
         return RecipeResult(recipe, float("nan")) if build is None else _written(job, recipe, parts, build)
@@ -218,7 +218,7 @@ def reapply(file: Path, model: str, build: Build, work: Work) -> RecipeResult:
     with opened(model, work) as job:
         job.require_tokenizer()
         own = reapplied(recipe, job.source.model)
-        return _written(job, own, parts_of_text(job.windows(calibration_texts(job, build.calibration))), build)
+        return _written(job, own, recipe_texts(job, build.calibration, build), build)
 
 
 def read_recipe(file: Path) -> Recipe:

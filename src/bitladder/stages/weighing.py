@@ -14,9 +14,9 @@ from bitladder.errors import BadInput
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
 from bitladder.records.recipe import SensitivityTable
-from bitladder.stages.calibration import calibration_texts
+from bitladder.stages.calibration import calibration_texts, tuning_windows
 from bitladder.stages.forecast import PASSES, forecast, walking_need
-from bitladder.stages.job import CalibrationPart, Job
+from bitladder.stages.job import Build, CalibrationPart, Job
 from bitladder.stages.model_route import route_of
 
 if TYPE_CHECKING:
@@ -108,6 +108,19 @@ def parts_of_text(windows: Sequence[Window]) -> RecipeTexts:
     held = list(windows[stride - 1 :: stride])
     rest = [window for at, window in enumerate(windows) if (at + 1) % stride]
     return RecipeTexts(weighing_part(rest), rest, held)
+
+
+def recipe_texts(job: Job, texts: Sequence[CalibrationPart], build: Build | None) -> RecipeTexts:
+    """The calibration text in its parts. What a build tunes on is read as well: what is wrong with it is said before a
+    model is weighed.
+
+    Raises:
+        BadInput: as ``parts_of_text`` and ``tuning_windows`` say.
+    """
+    whole = job.windows(calibration_texts(job, texts))
+    if build is not None:
+        tuning_windows(job, whole, build)
+    return parts_of_text(whole)
 
 
 def weighed_tensors(
