@@ -1,5 +1,6 @@
 """The verbs on a model that only the engine runs: measure, imatrix, quantize, run, smallest."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,20 @@ def test_a_level_as_the_reference_and_a_file_beside_it(model, texts, tmp_path):
     assert [one.level for one in found] == ["Q4_K_M", q4.stem]
     assert found[0].kl_mean == pytest.approx(found[1].kl_mean)
     assert found[0].kl_mean > 0
+
+
+def test_files_of_one_name_have_their_own_figures(model, texts, tmp_path):
+    q8, q4 = (one.path for one in quantized(model, LEVELS, tmp_path / "out", imatrix="none").files)
+    for place, path in (("a/x", q8), ("b/x", q4), ("c/Q8_0", q4)):
+        (tmp_path / place).parent.mkdir()
+        shutil.copy(path, tmp_path / f"{place}.gguf")
+    x8, x4, called_q8 = (tmp_path / f"{place}.gguf" for place in ("a/x", "b/x", "c/Q8_0"))
+    found = measured(model, None, files=[x8, x4, x8], texts=texts)
+    assert [one.level for one in found] == ["a/x.gguf", "b/x.gguf"], "a file that is named twice is taken once"
+    assert 0 < found[0].kl_mean < found[1].kl_mean
+    beside = measured(model, LEVELS[:1], files=[called_q8], texts=texts)
+    assert [one.level for one in beside] == ["Q8_0", "Q8_0.gguf"]
+    assert [one.kl_mean for one in beside] == pytest.approx([one.kl_mean for one in found])
 
 
 def test_both_ways_of_a_model_that_has_both(texts, tmp_path):

@@ -135,6 +135,7 @@ class _Comparison:
 
     def fidelities(self, chosen: Sequence[Level], levels: SortedLevels) -> list[Fidelity]:
         """Of the chosen levels in their order, then of the files."""
+        from bitladder.files.names_apart import names_apart
         from bitladder.levels import Needs
         from bitladder.stages.fidelity import made_candidates
         from bitladder.stages.run_facts import level_of
@@ -142,7 +143,13 @@ class _Comparison:
         from bitladder.store.recorded import Subject
 
         job, source, reference = self.job, self.job.source, self.wanted.reference
-        given = dict(self._given(path) for path in self.wanted.files)
+        named = names_apart(self.wanted.files, [level.name for level in chosen])
+        given: dict[Subject, Candidate] = {}
+        own = Subject(source.sha256, level_of(source.model), file=source.sha256)
+        lying = {own: source.path}
+        for name, path in named.items():
+            subject, candidate = self._given(path, name)
+            given[subject], lying[subject] = candidate, path
         job.journal.warn(*job.found.warnings)  # once nothing is wrong with the files
         built = self._built(levels)
         importance = None
@@ -168,17 +175,15 @@ class _Comparison:
             return [ready[subject] for subject in missing]
 
         def files(missing: Sequence[Subject]) -> list[Path]:
-            lying = {level_of(source.model): source.path} if not (chosen or given) else {}
-            lying |= {subject.level: file.path for subject, file in built.items()}
-            lying |= {subject.level: path for subject, path in zip(given, self.wanted.files, strict=True)}
-            absent = {subject.level for subject in missing} - set(lying)
-            lying |= self._written([level for level in levels.files if level.name in absent], importance)
-            return [lying[subject.level] for subject in missing]
+            there = lying | {subject: file.path for subject, file in built.items()}
+            absent = {subject.level for subject in missing if subject not in there}
+            there |= self._written([level for level in levels.files if level.name in absent], importance)
+            return [there[subject] for subject in missing]
 
         subjects = [of_level[level.name] for level in chosen if level != reference] + list(given)
         if self.wanted.caches:
             if not subjects:  # what the caches cost, whatever the level
-                subjects = [Subject(source.sha256, level_of(source.model), file=source.sha256)]
+                subjects = [own]
             pairs = [(subject, cache) for subject in subjects for cache in self.wanted.caches]
             return fidelities_by_depth(job, pairs, self.texts, self.recorded, files=files, depths=self.wanted.depths)
         return fidelities(
@@ -186,8 +191,8 @@ class _Comparison:
             through=self.wanted.through,
         )  # fmt: skip
 
-    def _given(self, path: Path) -> tuple[Subject, Candidate]:
-        """A file or a checkpoint folder that the user names."""
+    def _given(self, path: Path, name: str) -> tuple[Subject, Candidate]:
+        """A file or a checkpoint folder that the user names by its path."""
         from bitladder.files.checkpoint_check import format_of_folder
         from bitladder.files.gguf import GgufFile
         from bitladder.stages.fidelity import file_candidate, folder_candidate
@@ -196,11 +201,11 @@ class _Comparison:
 
         source, threads = self.job.source, self.job.threads
         if path.is_dir():
-            name = path.resolve().name
             candidate = folder_candidate(source, path, format_of_folder(path), level=name, threads=threads)
             return Subject(source.sha256, name, file=model_sha256(path)), candidate
         file = self.stack.enter_context(GgufFile.open(path))
-        return Subject(source.sha256, path.stem, file=file.sha256), file_candidate(source, file, threads=threads)
+        candidate = file_candidate(source, file, level=name, threads=threads)
+        return Subject(source.sha256, name, file=file.sha256), candidate
 
     def _build(self, out: Path, folders: Sequence[Path] = ()) -> Build:
         wanted = self.wanted
@@ -224,14 +229,14 @@ class _Comparison:
         known = identified(lying, making_of(self.job, build, importance), self.recorded, self.job)
         return known | {subject: file for subject, file in files.items() if not file.reused}
 
-    def _written(self, levels: Sequence[Level], importance: Importance | None) -> dict[str, Path]:
+    def _written(self, levels: Sequence[Level], importance: Importance | None) -> dict[Subject, Path]:
         """Levels for the engine, which reads files, in a folder that goes when all is measured."""
         if not levels:
             return {}
         from bitladder.stages.ladder_files import ladder_files
 
         files = ladder_files(self.job, levels, self._build(self._passing_folder()), importance=importance)
-        return {subject.level: file.path for subject, file in files.items()}
+        return {subject: file.path for subject, file in files.items()}
 
     def _passing_folder(self) -> Path:
         from bitladder.files.folders import cache_folder

@@ -32,6 +32,9 @@ T = TypeVar("T")
 
 WALK_PROTOCOL = "512-token windows, second half scored, float32, intervals allow for the worst once more"
 
+_FILES = "files told apart by their hashes"
+"""Before, of two files of one name each could have the other's figures: what was stored then is not taken."""
+
 
 def protocol(way: Way) -> str:
     """All that figures depend on besides the files and the text: how they are measured, and by which engine."""
@@ -40,10 +43,10 @@ def protocol(way: Way) -> str:
     if way is Way.DEPLOYED:
         return (
             f"the same tokens behind contexts of several lengths, 16-bit cache of the reference, llama.cpp of {ENGINE} "
-            f"{engine_version()} on the CPU, intervals allow for the worst once more"
+            f"{engine_version()} on the CPU, {_FILES}, intervals allow for the worst once more"
         )
     return (
-        f"512-token windows, second half scored, llama.cpp of {ENGINE} {engine_version()} on the CPU, "
+        f"512-token windows, second half scored, llama.cpp of {ENGINE} {engine_version()} on the CPU, {_FILES}, "
         "intervals allow for the worst once more"
     )
 
