@@ -38,6 +38,9 @@ CAN_FORK = hasattr(os, "fork")
 HAS_PROCESS_LIMITS = resource is not None
 """A process can bound its own memory, time and files for good."""
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Numbers of errors of a write for which there is no room."""
+
 _MACOS_FILES = 10240
 """OPEN_MAX, which macOS enforces whatever its limit says."""
 _LOCKED_BYTE = 1 << 40

@@ -35,7 +35,6 @@ Buffer = bytes | bytearray | memoryview
 _OTHER_FILES = 256
 _FLUSH_FROM = 32 << 20
 """Bytes of a file that wait for the disk: what is left for the end takes a few milliseconds."""
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def encoded(kind: int, value: str | float | bool) -> bytes:
@@ -79,7 +78,7 @@ def layout(metadata: Mapping[str, bytes], tensors: Sequence[TensorInfo], alignme
 
 def cannot_write(path: Path, error: OSError, needed: int = 0) -> OutputError:
     """The error for the user when the system refuses a write."""
-    if error.errno in _FULL:
+    if error.errno in system.FULL:
         reason = "the disk is full" if error.errno == errno.ENOSPC else "a limit on disk use or file size is reached"
         return OutputError(
             f"{path}: {reason}; {needed} bytes ({human_bytes(needed)}) are needed.",

@@ -2,12 +2,15 @@
 
 ``.NAME.partial/`` beside the target holds one safetensors file per layer, and a log: a line of JSON for what is being
 made, one for every finished tensor with its loss, one for every finished layer. The log is the journal: whoever makes
-the same thing again reads from it which layers are done. (The hidden states to go on with are ``walk/keep.py``'s.)
+the same thing again reads from it which layers are done. (The hidden states to go on with are ``walk/keep.py``'s.) A
+file ``lock`` is locked by the process that is at it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitladder import system
 from bitladder.errors import OutputError
 from bitladder.files.atomic import written_aside
 from bitladder.units import human_bytes
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 _LOG = "log.jsonl"
+_LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class LayerStore(ABC):
     """Layers of one result. ``fingerprint`` says what the result depends on: another one's partial work is not
     continued."""
 
+    while_in_use = "Wait for it to end, or choose another folder with --out."
+    """What to do when another process is at it."""
+    _lock = -1
+
     def __init__(self, target: Path, fingerprint: str) -> None:
         self.target, self.fingerprint = target, fingerprint
         self.partial = target.parent / f".{target.name}.partial"
@@ -48,13 +57,39 @@ class LayerStore(ABC):
         the work leaves no folder behind.
 
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written, or another process is at it.
         """
         with writing(self.partial):
+            self._claim_alone()
             if not self._is_begun():
-                shutil.rmtree(self.partial, ignore_errors=True)
-                self.partial.mkdir(parents=True)
+                for path in self.partial.iterdir():
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    elif path.name != _LOCK:
+                        path.unlink()
                 self._append([self._first_line()])
+
+    def _claim_alone(self) -> None:
+        """Two processes must not write one folder: the second is told so."""
+        if self._lock >= 0:
+            return
+        self.partial.mkdir(parents=True, exist_ok=True)
+        path = self.partial / _LOCK
+        self._lock = system.open_file(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
+        is_ours = system.lock_alone(self._lock)
+        if not (is_ours and path.exists() and path.stat().st_ino == os.fstat(self._lock).st_ino):
+            self.close()  # in use, or just finished and removed by its owner
+            raise OutputError(
+                f"{self.partial} is being written by another process.",
+                means="Bitladder already makes this very thing.",
+                do=self.while_in_use,
+            )
+
+    def close(self) -> None:
+        """Let go, leaving what was made for a later run to go on from."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     @abstractmethod
     def is_complete(self) -> bool:
@@ -132,8 +167,11 @@ class LayerStore(ABC):
             self._rewrite(told)
 
     def discard(self) -> None:
-        """Remove the partial work."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Remove the partial work, and let go."""
+        if system.WINDOWS:  # which removes no open file
+            self.close()
+        shutil.rmtree(self.partial, ignore_errors=True)  # still locked: nobody may take it up meanwhile
+        self.close()
 
     def _is_begun(self) -> bool:
         """Whether the partial work that lies there is of this very result."""
@@ -192,10 +230,17 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        what = f"{folder.parent} cannot be written: {getattr(error, 'strerror', None) or error}."
+        if getattr(error, "errno", None) not in system.FULL and f"os error {errno.ENOSPC}" not in str(error):
+            raise OutputError(
+                what,
+                means="The folder is read-only, belongs to somebody else, or is no folder.",
+                do="Choose another folder with --out.",
+            ) from error
         parent = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(parent).free
+        kept = "; finished layers are kept, the same call goes on from them" if [*folder.glob("*.safetensors")] else ""
         raise OutputError(
-            f"{folder.parent} cannot be written: {error}. {human_bytes(free)} are free there.",
-            means="The disk is full, or the folder belongs to someone else.",
-            do="Free some space or choose another --out; finished layers are kept, the same call goes on from them.",
+            f"{what} {human_bytes(shutil.disk_usage(parent).free)} are free there.",
+            means="The disk is full, or a limit on disk use or file size is reached.",
+            do=f"Free some space or choose another --out{kept}.",
         ) from error

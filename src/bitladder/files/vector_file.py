@@ -30,6 +30,8 @@ _MANIFEST = "bitladder"
 class VectorFile(LayerStore):
     """One such file of a model and a text, in the cache."""
 
+    while_in_use = "Wait for it to end."
+
     def __init__(self, level: str, source_sha256: str, text_hash: str, settings: str = "") -> None:
         """``level`` and ``settings`` say what is gathered and how. Nothing is written yet.
 

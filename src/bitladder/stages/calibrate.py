@@ -234,10 +234,14 @@ class Calibration:
         predicted = self._predicted
         if predicted is not None:
             started = time.monotonic()
-            with spread_over(self._executor, self.source, self._checkpoint, self._warn) as spread:
-                self._walk.run(self.reading.windows, progress, spread)
-            self._tune(progress)
-            measured = self._finished(predicted, started)
+            try:
+                with spread_over(self._executor, self.source, self._checkpoint, self._warn) as spread:
+                    self._walk.run(self.reading.windows, progress, spread)
+                self._tune(progress)
+                measured = self._finished(predicted, started)
+            finally:
+                for store in self._missing.values():
+                    store.close()
         return self._collected(predicted, measured, progress)
 
     def _everywhere(self) -> list[LayerStore]:

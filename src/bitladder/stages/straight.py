@@ -173,8 +173,12 @@ def write_straight(
     work.journal.warn(*map(unused_note, sorted(plain.left_out)))
     job = _Straight(plain, label, levels, build, work)
     if job.missing:
-        with forecast(job.need, work.journal, build.out):
-            job.run(work.progress)
+        try:
+            with forecast(job.need, work.journal, build.out):
+                job.run(work.progress)
+        finally:
+            for folder in job.missing.values():
+                folder.close()
     return [job.report(level, work.progress) for level in levels]
 
 
