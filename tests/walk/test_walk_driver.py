@@ -1,5 +1,6 @@
 """One layer, many passes: statistics do not depend on how windows are batched or where a pass stops."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -222,13 +223,28 @@ def test_a_killed_walk_keeps_what_observers_have_and_goes_on(layer, tmp_path, mo
     with pytest.raises(Killed):
         walked("a", killed)
     assert done == [0, 1]
-    names = {file.name for file in (tmp_path / "kept").iterdir()}
-    assert names == {"walk.json", "layer2-0.f32", "layer2.npz"}
+    kept = set((tmp_path / "kept").iterdir())
+    assert {(file.name.split(".")[0], file.suffix) for file in kept} == {
+        ("walk", ".json"), ("layer2-0", ".f32"), ("layer2", ".npz"),
+    }  # fmt: skip
+    another, _ = walked("b", silent)  # in the same folder, of other states
+    another.finished()
+    assert set((tmp_path / "kept").iterdir()) == kept
+    done.clear()
     stream, counting = walked("a", silent)
-    assert done == [0, 1, 2]
+    assert done == [2]
     np.testing.assert_array_equal(counting.sums, [0, 1, 2])
     stream.finished()
     assert not list((tmp_path / "kept").iterdir())
+
+
+def test_states_that_nobody_went_on_from_go(layer, tmp_path):
+    states, folder = layer[1](64).groups[0].states, tmp_path / "kept"
+    Keep(folder, "old").save(1, [([0], states)])
+    for file in folder.iterdir():
+        os.utime(file, (0, 0))
+    Keep(folder, "new").save(1, [([0], states)])
+    assert len(list(folder.iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["note", "short note", "states", "arrays", "key"])
@@ -241,15 +257,17 @@ def test_what_is_not_whole_is_not_taken(layer, tmp_path, monkeypatch, damage):
     tokens, width = states.everything.shape
     assert keep.load(tokens, width).layer == 1
     assert keep.load(tokens + 1, width) is None
+    (note,) = tmp_path.glob("walk.*.json")
     match damage:
         case "note":
-            (tmp_path / "walk.json").write_text("[1]")
+            note.write_text("[1]")
         case "short note":
-            (tmp_path / "walk.json").write_text((tmp_path / "walk.json").read_text()[:20])
+            note.write_text(note.read_text()[:20])
         case "states":
-            (tmp_path / "layer1-0.f32").write_bytes(b"1234")
+            next(tmp_path.glob("layer1-0.*.f32")).write_bytes(b"1234")
         case "arrays":
-            (tmp_path / "layer1.npz").write_bytes((tmp_path / "layer1.npz").read_bytes()[:40])
+            arrays = next(tmp_path.glob("layer1.*.npz"))
+            arrays.write_bytes(arrays.read_bytes()[:40])
         case "key":
             keep = Keep(tmp_path, "other")
     assert keep.load(tokens, width) is None

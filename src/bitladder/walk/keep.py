@@ -4,19 +4,21 @@ Hidden states are a walk's only progress besides what it has made, and that lies
 a GGUF's tensors). After a layer the states are written to a folder, not more often than every half minute of work, with
 what observers have summed so far. A note beside them says which layer they enter, whose they are, and has a key over
 everything they depend on. The note is replaced last and names its files, so that a kill at any moment leaves a whole
-earlier state.
+earlier state. All have a hash of the key in their names, KEY here: jobs that share a folder leave each other's alone.
 
-    walk.json            {"key", "layer", "groups": [[member, ...], ...], "files": [name, ...], "arrays": name or null}
-    layer7-0.f32         hidden states that enter layer 7 of the first group, f32[tokens, n_embd]
-    layer7.npz           arrays of observers
+    walk.KEY.json        {"key", "layer", "groups": [[member, ...], ...], "files": [name, ...], "arrays": name or null}
+    layer7-0.KEY.f32     hidden states that enter layer 7 of the first group, f32[tokens, n_embd]
+    layer7.KEY.npz       arrays of observers
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,15 @@ from bitladder.records.reading import read_json
 from bitladder.walk.states import States
 
 SECONDS_BETWEEN = 30.0
-_NOTE = "walk.json"
+_GIVEN_UP_S = 24 * 3600.0
+"""States of other walks that are older than this go: they take gigabytes, and nobody went on from them."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class _Note:
-    """What ``walk.json`` says."""
+    """What the note says."""
 
     key: str
     layer: int
@@ -76,13 +79,15 @@ class Keep:
     def __init__(self, folder: Path, key: str) -> None:
         """``key``: of everything that the states depend on; states under another key are not taken."""
         self._folder, self._key = folder, key
+        self._own = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self._note = folder / f"walk.{self._own}.json"
         self._saved = time.monotonic()
 
     def load(self, tokens: int, width: int) -> Kept | None:
         """What an earlier run left, or None when there is nothing whole under this key, of states
         f32[tokens, width]."""
         try:
-            note = read_json(_Note, (self._folder / _NOTE).read_text(encoding="utf-8"))
+            note = read_json(_Note, self._note.read_text(encoding="utf-8"))
             files = [self._folder / Path(name).name for name in note.files]
             if note.key != self._key or any(file.stat().st_size != tokens * width * 4 for file in files):
                 return None
@@ -105,8 +110,8 @@ class Keep:
             OutputError: the folder cannot be written.
         """
         arrays = {f"{number}.{name}": array for number, own in enumerate(owned) for name, array in own.items()}
-        files = [f"layer{layer}-{number}.f32" for number in range(len(groups))]
-        named = f"layer{layer}.npz" if arrays else None
+        files = [f"layer{layer}-{number}.{self._own}.f32" for number in range(len(groups))]
+        named = f"layer{layer}.{self._own}.npz" if arrays else None
         note = _Note(self._key, layer, [list(members) for members, _ in groups], files, named)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -114,8 +119,8 @@ class Keep:
                 states.everything.numpy().tofile(self._folder / name)
             if named:
                 np.savez(self._folder / named, **arrays)  # type: ignore[arg-type]
-            write_whole(self._folder / _NOTE, json.dumps(to_json(note)))
-            self._remove(but={*files, named})
+            write_whole(self._note, json.dumps(to_json(note)))
+            self._remove(but={*files, named, self._note.name})
         except OSError as error:
             raise OutputError(
                 f"The walk's state cannot be kept in {self._folder}: {error.strerror}.",
@@ -127,10 +132,12 @@ class Keep:
     def done(self) -> None:
         """The walk has ended: nothing needs to be kept."""
         if self._folder.exists():
-            (self._folder / _NOTE).unlink(missing_ok=True)
+            self._note.unlink(missing_ok=True)
             self._remove(but=set())
 
     def _remove(self, but: set[str | None]) -> None:
-        for file in self._folder.glob("layer*"):
-            if file.name not in but:
-                file.unlink(missing_ok=True)
+        for file in [*self._folder.glob("layer*"), *self._folder.glob("walk.*")]:
+            with suppress(FileNotFoundError):  # another walk was here first
+                given_up = time.time() - file.stat().st_mtime > _GIVEN_UP_S
+                if file.name not in but and (given_up or f".{self._own}." in file.name):
+                    file.unlink()
