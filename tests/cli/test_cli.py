@@ -143,6 +143,7 @@ def test_planned_bytes_are_written_bytes(demo_gguf, tmp_path):
     [
         (["plan", "nowhere.gguf"], 2, "no model 'nowhere.gguf'"),
         (["plan", "MODEL", "--levels", "Q4_KM"], 2, "Did you mean Q4_K_M?"),
+        (["plan", "MODEL", "--levels", ""], 2, "'' names no level"),
         (["plan", "MODEL", "--ctx", "999999999"], 2, "999999999"),
         (["quantize", "MODEL", "--to", "Q9"], 2, "Q9"),
         (["quantize", "MODEL", "--to", ","], 2, "names no level"),

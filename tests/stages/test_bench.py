@@ -134,6 +134,7 @@ def test_the_command_reads_a_file_prints_a_table_and_says_what_is_left_out(folde
     arguments = ["bench", str(folder / "tiny.gguf"), f"good={ours}", str(tmp_path / "gone.gguf")]
     told = CliRunner().invoke(app, [*arguments, "--text", str(folder / "code.txt"), "--threads", "1", "--json"])
     assert told.exit_code == BadInput.exit_code
+    assert f"exit code is then {told.exit_code}" in CliRunner().invoke(app, ["bench", "--help"]).output
     record = json.loads(told.stdout)
     assert list(record["left_out"]) == ["gone"]
     assert record["texts"][0]["name"] == "code"
@@ -166,3 +167,19 @@ def test_names_on_the_command_line():
     told = CliRunner().invoke(app, ["bench", "m.gguf", "a/x.gguf", "b/x.gguf"])
     assert told.exit_code == UsageError.exit_code
     assert "NAME=FILE" in told.output
+    for rival in ("=x.gguf", "x="):
+        told = CliRunner().invoke(app, ["bench", "m.gguf", rival])
+        assert told.exit_code == UsageError.exit_code
+        assert f"'{rival}' lacks a name or a file." in told.output
+
+
+def test_texts_of_one_name_are_all_measured(folder, tmp_path):
+    for place, text in (("a", "salt and pepper "), ("b", "a bridge over the river ")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "wiki.txt").write_text(text * 40)
+    texts = [part for place in "aba" for part in ("--text", str(tmp_path / place / "wiki.txt"))]
+    told = CliRunner().invoke(
+        app, ["bench", str(folder / "tiny.gguf"), path_of(folder, "Q8_0"), *texts, "--threads", "1", "--json"]
+    )
+    assert told.exit_code == 0, told.output
+    assert [text["name"] for text in json.loads(told.stdout)["texts"]] == ["a/wiki.txt", "b/wiki.txt"]

@@ -42,7 +42,7 @@ class BenchOptions(WorkOptions):
 def bench(options: BenchOptions, json_output: JsonFlag = False) -> None:
     """Rival files of one model beside each other: bytes, hashes, and what each loses on the same texts.
 
-    A rival that cannot be compared is left out and told; the exit code is then 6.
+    A rival that cannot be compared is left out and told; the exit code is then 2.
     """
     from bitladder.report.bench import print_bench
     from bitladder.stages.bench import run_bench
@@ -60,10 +60,11 @@ def bench(options: BenchOptions, json_output: JsonFlag = False) -> None:
 
 def _bench(options: BenchOptions) -> Bench:
     """What is compared; raises UsageError for a model without a rival, BadInput for faults of a file."""
+    from bitladder.files.names_apart import names_apart
     from bitladder.stages.bench_file import Bench, read_bench
 
     first, *others = options.what
-    texts = {text.stem: (text,) for text in options.text or ()}
+    texts = {name: (text,) for name, text in names_apart(options.text or ()).items()}
     if not others and Path(first).suffix.lower() in _KIT:
         read = read_bench(Path(first))
         return Bench(read.model, read.rivals, texts or read.texts)
@@ -74,6 +75,8 @@ def _bench(options: BenchOptions) -> Bench:
         name, equals, place = given.partition("=")
         if not equals or Path(given).exists():
             name, place = Path(given).name.removesuffix(".gguf") if not given.startswith("hf:") else given, given
+        if not (name.strip() and place.strip()):
+            raise UsageError(f"'{given}' lacks a name or a file.", do="Write NAME=FILE.")
         if name in rivals:
             raise UsageError(f"Two rivals are called '{name}'.", do="Name them: NAME=FILE.")
         rivals[name] = place

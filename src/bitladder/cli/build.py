@@ -112,10 +112,15 @@ def known_device(name: str, on: str = LOCAL) -> str:
 
 
 def split_levels(text: str | None) -> tuple[Level, ...] | None:
-    """``"Q8_0,q4_k_m"`` as levels; raises UnknownLevel with the nearest name."""
+    """``"Q8_0,q4_k_m"`` as levels; raises UnknownLevel with the nearest name, UsageError where there is none."""
     from bitladder.levels import parse_levels
 
-    return None if text is None else parse_levels(part for part in text.split(",") if part.strip())
+    if text is None:
+        return None
+    levels = parse_levels(part for part in text.split(",") if part.strip())
+    if not levels:
+        raise UsageError(f"'{text}' names no level.", do="Name one or several, like Q8_0,Q4_K_M.")
+    return levels
 
 
 def effort_named(text: str) -> Effort:
@@ -241,9 +246,7 @@ def quantize(options: QuantizeOptions, json_output: JsonFlag = False) -> None:
     """
     from bitladder.stages.quantize import build_levels
 
-    levels = split_levels(options.to)
-    if not levels:
-        raise UsageError("--to names no level.", do="Name one or several, like --to Q8_0,Q4_K_M.")
+    levels = split_levels(options.to) or ()
     with options.working(quiet=json_output) as work:
         built = build_levels(options.model, levels, options.build(), work)
     journal = work.journal
