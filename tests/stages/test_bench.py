@@ -149,6 +149,8 @@ def test_the_command_reads_a_file_prints_a_table_and_says_what_is_left_out(folde
         ("model: x.gguf\nrivals: [a, b]", "line 2: rivals must be places by their names"),
         ("model: x.gguf\nrivals: {}", "rivals must be places"),
         ("model: x.gguf\nrivals: {a: 3}", "line 2"),
+        ("model: x.gguf\nrivals: {a: b, '': c}", "line 2: each of rivals needs a name of its own"),
+        (f"model: x.gguf\nrivals: {{{'a' * 80}b: c, {'a' * 80}d: e}}", "line 2: each of rivals needs a name"),
         ("model: x.gguf\nrivals: {a: b}\ntexts: {wiki: gone.txt}", "line 3: wiki names"),
         ("model: x.gguf\nrivals: {a: b}\nlevels: 3", "no field 'levels'"),
         ("model: [", "no YAML"),

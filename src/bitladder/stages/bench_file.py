@@ -69,8 +69,11 @@ def _each(document: Document, plain: Any, name: str, read: Any) -> dict[str, Any
     found = {}
     for key, value in plain.items():
         made = document.attempt(functools.partial(document.read, read, value, name, key))
-        if made is not None:
-            found[shortened(str(key))] = made
+        called = shortened(str(key))
+        if called in found or not called.strip():
+            document.faults.append(document.fault(f"each of {name} needs a name of its own.", name, key))
+        elif made is not None:
+            found[called] = made
     return found
 
 
