@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from enum import StrEnum
 
@@ -57,7 +58,16 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _FACTORS:
         raise UsageError(f"'{text}' is not a size.", do="Write a number and a unit, like 4.2GiB or 800MB.")
-    return int(float(match[1]) * _FACTORS[match[2].lower()])
+    size = float(match[1]) * _FACTORS[match[2].lower()]
+    if not math.isfinite(size):
+        raise UsageError(f"A size of {len(match[1])} digits is none.", do="Write a number and a unit, like 4.2GiB.")
+    return int(size)
+
+
+def check_above_zero(option: str, value: float | None) -> None:
+    """Raises UsageError for a limit that nothing can keep, or everything does: 0, less, infinity, NaN."""
+    if value is not None and not 0 < value < math.inf:
+        raise UsageError(f"{option} is {value:g}; it must be a finite number above 0.", do="Give one, or leave it out.")
 
 
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}

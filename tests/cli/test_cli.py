@@ -389,3 +389,11 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(demo_gguf, 
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert len(list(out.glob("*-Q6_K.gguf"))) == 1
     assert not list(out.glob("*.partial*"))
+
+
+@pytest.mark.parametrize("verb", [["plan"], ["plan", "smollm2-135m"], ["recommend"]])
+@pytest.mark.parametrize("speed", ["nan", "inf"])
+def test_a_least_speed_is_a_number(verb, speed):
+    result = CliRunner().invoke(app, [*verb, "--min-speed", speed])
+    assert result.exit_code == 2
+    assert f"--min-speed is {speed}" in result.stderr

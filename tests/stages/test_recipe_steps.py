@@ -14,7 +14,7 @@ from bitladder.cli.build import split_levels
 from bitladder.describe.rates import PoolRates
 from bitladder.describe.windows import Window
 from bitladder.errors import BadInput, NothingFits, UsageError
-from bitladder.files import probe
+from bitladder.files import probe, sources
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable, types_for
@@ -157,6 +157,19 @@ def test_the_verb_from_a_budget_to_a_file_and_on_to_another_checkpoint(tiny, tmp
         assert {t.name: t.qtype for t in one.model.tensors} == {t.name: t.qtype for t in two.model.tensors}
 
 
+@pytest.mark.usefixtures("words")
+def test_a_recipe_is_applied_by_any_name_of_a_model_and_brings_the_projector(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    resolve = sources.resolve
+    monkeypatch.setattr(sources, "resolve", lambda name, *rest: resolve(str(tiny) if name == "a-name" else name, *rest))
+    (tmp_path / "mmproj-tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("bitladder.stages.projector.projector_of", lambda *_: tmp_path / "mmproj-tiny.gguf")
+    call = ["recipe", "a-name", "--apply", str(tiny), "--out", str(tmp_path / "out"), "--effort", "fast"]
+    made = CliRunner().invoke(app, call)
+    assert made.exit_code == 0, made.output
+    assert (tmp_path / "out" / "mmproj-tiny.gguf").exists()
+
+
 def test_a_recipe_for_another_shape_is_refused(tiny, tmp_path):
     case = tiny_models.CASES["qwen2"]
     other = tiny_models.write(case, tiny_models.make(case), tmp_path / "other.gguf")
@@ -171,6 +184,18 @@ def test_a_recipe_for_another_shape_is_refused(tiny, tmp_path):
         (["--bpw", "4", "--budget", "1MB"], "together"),
         (["--vram", "1GB", "--bpw", "4"], "belong together"),
         (["--apply", "x", "--bpw", "4"], "finished file"),
+        (["--apply", "x"], "no folder is named"),
+        (["--apply", "x", "--out", "o", "--tps", "9"], "--tps was given with --apply"),
+        (["--out", "o"], "--out was given without a limit"),
+        (["--tps", "9"], "--tps was given without a limit"),
+        (["--tune", "self", "--out", "o"], "A recipe needs a limit"),
+        (["--ngl", "1", "--vram", "1GB"], "--vram was given without a limit"),
+        (["--ctx", "512"], "--ctx was given without a limit"),
+        (["--effort", "best"], "--effort was given without a limit"),
+        (["--calibrate", "wide"], "--calibrate was given without a limit"),
+        (["--level", "Q4_K_M", "--tps", "9"], "--tps was given with --level"),
+        (["--level", "Q4_K_M", "--effort", "best"], "--effort was given with --level"),
+        (["--bpw", "4", "--ctx", "512"], "--ctx was given without --fits"),
         (["--bpw", "4", "--effort", "wild"], "fast, good or best"),
     ],
 )
@@ -316,6 +341,13 @@ def test_names_of_fitted_levels_that_are_none(name, tiny):
         (["--budget", "1KB"], 3, "at least"),
         (["--kl", "-1"], 2, "above 0"),
         (["--kl", "0"], 2, "above 0"),
+        (["--kl", "inf"], 2, "above 0"),
+        (["--bpw", "nan"], 2, "above 0"),
+        (["--bpw", "inf"], 2, "above 0"),
+        (["--bpw", "5", "--tps", "nan"], 2, "--tps is nan"),
+        (["--kl", "1", "--tps", "0"], 2, "--tps is 0"),
+        (["--to", "vllm", "--kl", "nan"], 2, "above 0"),
+        (["--budget", "9" * 400], 2, "400 digits"),
         (["--level", "Q9_K"], 2, "no level"),
     ],
 )
@@ -355,6 +387,12 @@ def test_the_budget_of_a_small_machine_is_what_the_context_leaves(demo_gguf, mon
         assert 0 < rooms[0] < 1 << 30
         assert rooms[1] > rooms[0]
         assert recipes.room_for_weights(source, 8192) < rooms[1]
+
+
+def test_parts_of_no_size_are_refused(tiny):
+    result = CliRunner().invoke(app, ["quantize", str(tiny), "--to", "Q8_0", "--split-max-size", "0"])
+    assert result.exit_code == 2
+    assert "--split-max-size is 0" in result.stderr
 
 
 @pytest.mark.parametrize("option", [["--imatrix", "none"], ["--split-max-size", "1MB"]])

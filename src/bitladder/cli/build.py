@@ -18,7 +18,7 @@ from bitladder.errors import UsageError
 from bitladder.executors.places import LOCAL, devices_named
 from bitladder.files.probe import available_cores, bound_cores
 from bitladder.records.plan import DEFAULT_CTX
-from bitladder.units import human_bytes, parse_bytes
+from bitladder.units import check_above_zero, human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from bitladder.kernels import Effort
@@ -228,11 +228,13 @@ class QuantizeOptions(WorkOptions):
         """Raises UsageError for an effort or a size that is none."""
         from bitladder.stages.job import Build
 
+        split_max_bytes = parse_bytes(self.split_max_size) if self.split_max_size else None
+        check_above_zero("--split-max-size", split_max_bytes)
         return Build(
             out=self.out, imatrix=self.imatrix, effort=effort_named(self.effort),
             texts=calibration_named(self.calibrate), tuning=calibration_named(self.tune), force=self.force,
             requantize=self.requantize,
-            split_max_bytes=parse_bytes(self.split_max_size) if self.split_max_size else None,
+            split_max_bytes=split_max_bytes,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from bitladder.cli.grouped import grouped
 from bitladder.cli.terminal import JsonFlag, print_json, progress_display, put, say, verb
 from bitladder.errors import UsageError
 from bitladder.records import to_json
-from bitladder.units import human_bytes, parse_bytes
+from bitladder.units import check_above_zero, human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +41,12 @@ Reserve = Annotated[
 def reserve_named(text: str | None) -> int | None:
     """Bytes; raises UsageError for what is no size."""
     return None if text is None else parse_bytes(text)
+
+
+def min_speed_named(speed: float | None) -> float | None:
+    """Tokens per second, 0 for any; raises UsageError for what is no number."""
+    check_above_zero("--min-speed", speed or None)
+    return speed
 
 
 MinSpeed = Annotated[
@@ -115,6 +121,7 @@ def plan(options: PlanOptions, json_output: JsonFlag = False) -> None:
     from bitladder.stages.plan import needs as hardware_needs
 
     request = PlanRequest(options.ctx, options.slots, options.kv, options.hardware)
+    min_speed = min_speed_named(options.min_speed)
     if options.job is not None:
         if options.model is None:
             raise UsageError("--job is about one model.", do="Name it: `bitladder plan MODEL --job gptq`.")
@@ -122,7 +129,7 @@ def plan(options: PlanOptions, json_output: JsonFlag = False) -> None:
     elif options.model is None:
         from bitladder.stages.recommend import RecommendRequest
 
-        _recommend(RecommendRequest(run=request, least_decode=options.min_speed), json_output, every=True)
+        _recommend(RecommendRequest(run=request, least_decode=min_speed), json_output, every=True)
     elif options.needs:
         if options.hardware is not None:
             raise UsageError(
@@ -138,7 +145,7 @@ def plan(options: PlanOptions, json_output: JsonFlag = False) -> None:
                 levels=split_levels(options.levels),
                 pair=split_levels(options.pair) or (),
                 engine=options.launch,
-                least_decode=options.min_speed or 0.0,
+                least_decode=min_speed or 0.0,
                 progress=progress,
             )
         _show_plan(made, request, json_output)
@@ -230,7 +237,7 @@ def recommend(options: RecommendOptions, json_output: JsonFlag = False) -> None:
         use=options.use,
         run=PlanRequest(options.ctx, options.slots, options.kv, options.hardware),
         reserve=reserve_named(options.reserve),
-        least_decode=options.min_speed,
+        least_decode=min_speed_named(options.min_speed),
     )
     _recommend(request, json_output, every=options.every)
 

@@ -108,12 +108,12 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
     with options.working(quiet=json_output) as work:
         if options.to.lower() == VLLM:
             result = _mixed(options, build, limits, work)
-        elif options.apply is not None:
-            if limits or options.out is None:
-                raise UsageError("--apply takes a finished file's recipe as it is.", do="Give --out, and no limit.")
-            result = reapply(Path(options.model), options.apply, build, work)
         elif not limits:
-            result = RecipeResult(read_recipe(resolve(options.model, work.progress).path), float("nan"))
+            file = resolve(options.model, work.progress).path
+            if options.apply is None:
+                result = RecipeResult(read_recipe(file), float("nan"))
+            else:
+                result = reapply(file, options.apply, build, work)
         else:
             wish = Limits(
                 bytes=parse_bytes(options.budget) if options.budget else None, bpw=options.bpw, kl=options.kl,
@@ -146,7 +146,7 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
 
 
 def _limits(options: RecipeOptions) -> list[str]:
-    """The limits that were given, one at most; raises UsageError."""
+    """The limits that were given, one at most; raises UsageError for more, and for options that do not go with them."""
     if options.to.lower() not in (GGUF, VLLM):
         raise UsageError(
             f"Recipes are not made for '{options.to}'.",
@@ -159,7 +159,41 @@ def _limits(options: RecipeOptions) -> list[str]:
     limits += ["--fits"] if options.fits else []
     if len(limits) > 1:
         raise UsageError(f"{' and '.join(limits)} were given together.", do="Give one of them.")
+    if options.to.lower() == GGUF:
+        _refuse_unheeded(options, limits)
     return limits
+
+
+def _refuse_unheeded(options: RecipeOptions, limits: list[str]) -> None:
+    """Options that a call of this kind does nothing about, of GGUF recipes; raises UsageError."""
+    placing: dict[str, object] = {"--tps": options.least_decode, "--vram": options.vram, "--ctx": options.ctx}
+    effort = None if options.effort == RecipeOptions.effort else options.effort
+    writing = {"--out": options.out, "--tune": options.tune, "--calibrate": options.calibrate, "--effort": effort}
+    if options.apply is not None:
+        if limits:
+            raise UsageError("--apply takes a finished file's recipe as it is.", do=f"Leave {limits[0]} out.")
+        if options.out is None:
+            raise UsageError("--apply writes a file, and no folder is named.", do="Give --out.")
+        unheeded, beside, means = placing, "with --apply", "A finished file's types are taken as they are."
+        instead = "make a recipe for this model: bitladder recipe MODEL --bpw ..."
+    elif options.level is not None:
+        unheeded, beside = placing | ({} if options.out else writing), "with --level"
+        means, instead = (
+            "llama.cpp's types are taken as they are.",
+            "give another limit: --budget, --bpw, --kl or --fits.",
+        )
+    elif not limits:
+        unheeded, beside = placing | writing, "without a limit"
+        means = "A recipe needs a limit; without one the recipe of a file that is there is printed."
+        instead = "give one of --budget, --bpw, --kl, --fits or --level."
+    elif not options.fits:
+        unheeded, beside, instead = {"--ctx": options.ctx}, "without --fits", "give --fits."
+        means = "A context is counted where a file must fit this machine."
+    else:
+        return
+    name = next((name for name, value in unheeded.items() if value is not None), None)
+    if name is not None:
+        raise UsageError(f"{name} was given {beside}.", means=means, do=f"Leave it out, or {instead}")
 
 
 def _mixed(options: RecipeOptions, build: Build, limits: list[str], work: Work) -> RecipeResult:

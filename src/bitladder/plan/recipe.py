@@ -19,7 +19,7 @@ from bitladder.formats.tensors import TensorInfo
 from bitladder.levels import FeedbackLevel
 from bitladder.plan.allocate import Allocation, TensorGroup, TypeChoice, fewest, least_loss
 from bitladder.records.recipe import Recipe, SensitivityTable
-from bitladder.units import human_bytes
+from bitladder.units import check_above_zero, human_bytes
 
 _LOW_LEVEL = "Q3_K_S"
 """At no more bytes than this level of a model, recipes choose from codebook types, too."""
@@ -27,8 +27,10 @@ _LOW_LEVEL = "Q3_K_S"
 
 @dataclass(frozen=True)
 class Limits:
-    """What a recipe must keep to. Exactly one of ``bytes`` (of the file), ``bpw`` and ``kl`` is set; with ``kl`` the
-    file is as small as that allows, else the loss. ``least_decode``: tokens per second, by ``rates``.
+    """What a recipe must keep to; raises UsageError for numbers that nothing keeps to.
+
+    Exactly one of ``bytes`` (of the file), ``bpw`` and ``kl`` is set; with ``kl`` the file is as small as that allows,
+    else the loss. ``least_decode``: tokens per second, by ``rates``.
     ``aim``: the share of ``kl`` to choose for, where the file must hold it and predictions are off by some percent.
     ``vram_bytes``: what the last ``gpu_layers`` layers, and the output matrix, may take there. ``speeds``: tokens per
     second by scheme, of checkpoints that have it for all linear layers; ``least_decode`` of a mix is by these."""
@@ -43,6 +45,10 @@ class Limits:
     vram_bytes: int | None = None
     feedback: bool = True
     speeds: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for option, value in {"--bpw": self.bpw, "--kl": self.kl, "--tps": self.least_decode}.items():
+            check_above_zero(option, value)
 
     def words(self) -> tuple[str, ...]:
         """The limits as a person would state them."""
@@ -127,8 +133,6 @@ def _check_limits(groups: Sequence[TensorGroup], limits: Mapping[str, float]) ->
 def check(model: Model, wish: Limits, *, header_bytes: int = 0) -> None:
     """Refuse what no table of losses is needed to refuse; arguments and errors as ``choose``."""
     if wish.kl is not None:
-        if not wish.kl > 0:
-            raise UsageError(f"A KL divergence of {wish.kl:g} is asked for; it must be above 0.", do="Try --kl 0.05.")
         return
     budget = _budget(model, wish, header_bytes)
     least, _ = bounds(model, low=True)

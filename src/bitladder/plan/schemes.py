@@ -53,8 +53,6 @@ def choose_schemes(table: SensitivityTable, groups: Groups, model: Model, wish: 
     linear = sum(elements[name] for names in groups for name in names)
     fixed = Mixed.float_bytes * (sum(elements.values()) - linear)
     if wish.kl is not None:
-        if not wish.kl > 0:
-            raise UsageError(f"A KL divergence of {wish.kl:g} is asked for; it must be above 0.", do="Try --kl 0.05.")
         found = fewest("bytes", open_groups, in_time, loss=allowed_loss(open_groups, table, wish.kl, wish))
     else:
         budget = _budget(wish, linear, fixed, model.header_bytes)

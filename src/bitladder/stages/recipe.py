@@ -218,7 +218,9 @@ def reapply(file: Path, model: str, build: Build, work: Work) -> RecipeResult:
     with opened(model, work) as job:
         job.require_tokenizer()
         own = reapplied(recipe, job.source.model)
-        return _written(job, own, recipe_texts(job, build.calibration, build), build)
+        result = _written(job, own, recipe_texts(job, build.calibration, build), build)
+        deliver_projector(job.found, build.out, job.journal, job.progress)
+        return result
 
 
 def read_recipe(file: Path) -> Recipe:
