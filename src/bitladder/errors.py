@@ -8,6 +8,7 @@
           BadWeights                exit 2   a tensor holds NaN or infinity
           UnknownArchitecture       exit 2   no rows for this model family
           BadWorkload               exit 2   a workload file has a fault, with its line
+          TooShort                  exit 2   a text makes no window of tokens
       NothingFits                   exit 3   no level fits the machine
       BarNotMet                     exit 4   no level holds the quality bar
       ImplementationsPart           exit 4   a self-check found that two ways of computing a model differ
@@ -75,6 +76,10 @@ class UnknownArchitecture(BadInput):
 
 class BadWorkload(BadInput):
     """A workload file has a fault."""
+
+
+class TooShort(BadInput):
+    """A text makes no window of tokens."""
 
 
 class NothingFits(BitladderError):

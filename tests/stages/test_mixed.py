@@ -39,6 +39,7 @@ from bitladder.stages.sensitivity import SeenInput, weigh
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.inputs import InputStatistics
 from bitladder.walk.opened import layered
+from bitladder.walk.tuning import TuneSettings
 from bitladder.walk.weights import FileWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,6 +207,41 @@ def test_the_verb_from_a_budget_to_a_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("words")
+@pytest.mark.parametrize(("scheme", "bits"), [("W4A16-g32", 4.6), ("NVFP4A16", 4.56)])
+def test_a_mix_says_what_came_of_tuning(scheme, bits, tmp_path, monkeypatch):
+    """Also where the one scheme that fits the budget has nothing to tune."""
+    monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(TuneSettings, "for_windows", lambda _: TuneSettings(steps=2, rate=0.01, look=1))
+    (text := tmp_path / "text.txt").write_text("other words")
+    made = CliRunner().invoke(
+        app,
+        ["recipe", str(written("llama", tmp_path)), "--to", "vllm", "--bpw", str(bits), "--schemes",
+         f"{scheme},W8A16-channel", "--tune", str(text), "--out", str(tmp_path / "out"), "--json"],
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    record = json.loads(made.stdout)
+    tuned = record["fitted"]["tuning"]
+    told = [line for line in record["warnings"] if "is not tuned" in line]
+    if scheme == "NVFP4A16":
+        assert tuned is None
+        assert told == [
+            f"{record['recipe']['label']} is not tuned: none of the schemes chosen for it has scales that are."
+        ]
+    else:
+        assert tuned["held_out"] > 0
+        assert not told
+
+
+@pytest.mark.usefixtures("words")
+def test_what_is_wrong_with_other_levels_is_said_before_a_mix_is_weighed(tmp_path, monkeypatch):
+    monkeypatch.setattr(schemes, "weighed_tensors", lambda *_: pytest.fail("weighed"))
+    call = ["quantize", str(written("llama", tmp_path)), "--to", "CT-bpw6.0,W4A16-g128", "--out", str(tmp_path / "out")]
+    made = CliRunner().invoke(app, call)
+    assert made.exit_code == 2
+    assert "groups of 128" in " ".join(made.output.split())
+
+
+@pytest.mark.usefixtures("words")
 def test_a_level_by_its_bits_has_the_same_schemes_and_mixtures_have_patterns(tmp_path, monkeypatch):
     """As `quantize` and `run` take it."""
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
@@ -253,6 +289,8 @@ def test_what_another_folder_stands_in_for_is_removed(tmp_path):
 
 
 def test_names_and_refusals(tmp_path, monkeypatch):
+    (text := tmp_path / "text.txt").write_text("words")
+    tuned = ["--out", str(tmp_path / "out"), "--tune", str(text)]
     for where in (mixed, schemes):
         monkeypatch.setattr(where, "weighed_tensors", lambda *_: pytest.fail("weighed for a wish that cannot be met"))
     level = parse_level("ct-BPW4.6")
@@ -275,6 +313,10 @@ def test_names_and_refusals(tmp_path, monkeypatch):
         (["--to", "vllm", "--bpw", "4.6", "--vram", "1GiB", "--ngl", "1"], "--vram was given with --to vllm"),
         (["--to", "vllm", "--bpw", "4.6", "--schemes", "Q4_K"], "no scheme that recipes choose from"),
         (["--bpw", "4.6", "--schemes", "W4A16-g64"], "--schemes"),
+        (
+            ["--to", "vllm", "--bpw", "6", "--schemes", "NVFP4A16,FP8-DYNAMIC", *tuned],
+            "does nothing for NVFP4A16, FP8-DYNAMIC",
+        ),
         (["--to", "vllm", "--bpw", "1.2"], "smallest schemes"),
         (["--to", "vllm", "--bpw", "17"], "more than the"),
         (["--to", "vllm", "--budget", "10kB"], "No mix of schemes is that small"),

@@ -372,8 +372,19 @@ def test_speed_and_vram_that_cannot_be_are_told_in_their_units(tiny):
 
 
 def test_a_text_of_which_no_window_can_be_held_out_is_refused():
-    with pytest.raises(BadInput, match="3 windows"):
-        weighing.parts_of_text([Window("t", np.zeros(512, np.int64))] * 3)
+    with pytest.raises(BadInput, match="3 different windows"):
+        weighing.parts_of_text([Window("t", np.full(512, n)) for n in range(3)])
+
+
+def test_what_a_text_repeats_is_not_held_out_as_well():
+    once = [Window(f"t{n}", np.full(512, n)) for n in range(12)]
+    parts = weighing.parts_of_text([*once, *(Window(f"copy {n}", np.full(512, n)) for n in range(12))])
+    held, fitted_to = ({int(window.tokens[0]) for window in own} for own in (parts.held_out, parts.fitting))
+    assert len(parts.held_out) == 3
+    assert not held & fitted_to
+    assert held | fitted_to == set(range(12))
+    with pytest.raises(BadInput, match="1 different windows"):
+        weighing.parts_of_text(once[:1] * 8)
 
 
 def test_the_budget_of_a_small_machine_is_what_the_context_leaves(demo_gguf, monkeypatch):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import tiny_models
 from bitladder.cli.app import app
 from bitladder.describe.windows import Window
-from bitladder.errors import BadInput
+from bitladder.errors import BadInput, TooShort
 from bitladder.files.gguf import GgufFile
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable
@@ -191,6 +191,19 @@ def test_text_that_codes_are_fitted_to_is_not_tuned_on(tiny, monkeypatch):
     assert calibration.tuning_windows(Job(), known, Build(out=Path(), tuning=[*fitting, *own])) == own[2:]
     with pytest.raises(BadInput, match="that codes are fitted to"):
         calibration.tuning_windows(Job(), known, Build(out=Path(), tuning=fitting))
+    few = [Window("one", window.tokens) for window in own[2:16]]
+    with pytest.raises(BadInput, match=r"14 windows(.|\n)*7,680 tokens"):
+        calibration.tuning_windows(Job(), known, Build(out=Path(), tuning=[*few, *few]))
+
+
+def test_a_text_too_short_for_a_window_is_not_said_to_ship(monkeypatch):
+    class Job:
+        def windows(self, documents):
+            raise TooShort("x")
+
+    monkeypatch.setattr(calibration, "calibration_texts", lambda _job, parts: list(parts))
+    with pytest.raises(BadInput, match=r"0 windows(.|\n)*Give --tune a longer text"):
+        calibration.tuning_windows(Job(), [], Build(out=Path(), tuning=[Path("short.txt")]))
 
 
 def test_what_tuning_takes_is_said_before(tiny):

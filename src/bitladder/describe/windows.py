@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bitladder.describe.model import Model
 from bitladder.describe.text import Document
-from bitladder.errors import BadInput
+from bitladder.errors import BadInput, TooShort
 
 WINDOW = 512
 SHORTEST = 64
@@ -115,6 +115,14 @@ def window_hashes(windows: Iterable[Window], *, n: int = 32, step: int | None = 
     return found
 
 
+def different(windows: Iterable[Window]) -> list[Window]:
+    """Windows in their order, each text once: what occurs twice would be held out and learnt by heart."""
+    first: dict[bytes, Window] = {}
+    for window in windows:
+        first.setdefault(window.tokens.tobytes(), window)
+    return list(first.values())
+
+
 def weighing_part(windows: Sequence[Window]) -> list[Window]:
     """Windows of about 4,096 tokens, spread over the text: what gradients are taken from, as means over all tokens."""
     return list(windows[:: max(1, round(sum(len(window.tokens) for window in windows) / _WEIGHING_TOKENS))])
@@ -148,14 +156,14 @@ def text_windows(
         bos: the BOS token of a model whose header has no tokenizer; by default the header's.
 
     Raises:
-        BadInput: too little text to score anything.
+        TooShort: too little text to score anything.
     """
     ids = [(document.name, tokenize(document.text)) for document in documents]
     bos = bos_in_front(model, [tokens for _, tokens in ids], bos)
     windows = cut(ids, n=min(n, model.dims.n_ctx_train), bos=bos)
     if not windows:
         longest = max((len(tokens) for _, tokens in ids), default=0)
-        raise BadInput(
+        raise TooShort(
             f"The text is too short to measure or calibrate on: {len(ids)} document(s), "
             f"the longest of {longest} tokens; at least {SHORTEST} tokens in one document are needed.",
             means="Each prediction needs context before it, and an average needs many predictions.",

@@ -14,6 +14,8 @@ _HELD_OUT = 5
 """Every fifth document decides, or where there is one document only, every fifth window."""
 _LEAST_HELD_OUT = 3
 """Windows that must decide at least."""
+LEAST_WINDOWS = _HELD_OUT * _LEAST_HELD_OUT
+"""With so many there are enough to decide, whatever the documents."""
 _SHARES_PER_TOKEN = 64
 """How many shares by which numbers move are risked for a token of text. A token brings a whole distribution of
 predictions to match, not one number, and steps are few and small: 44 shares for a token were measured to help text of

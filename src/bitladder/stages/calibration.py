@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitladder import __version__
-from bitladder.errors import BadInput, EngineError, UnknownArchitecture
+from bitladder.errors import BadInput, EngineError, TooShort, UnknownArchitecture
 from bitladder.records.fidelity import Way
 from bitladder.stages.engine_way import announce, engine_matrix, instead_of_walk, way_for
 from bitladder.stages.forecast import forecast, walking_need
@@ -69,17 +69,30 @@ def tuning_windows(job: Job, known: Sequence[Window], build: Build) -> list[Wind
     """The text that a build tunes on, without windows that codes are fitted to or levels are measured on (``known``).
 
     Raises:
-        BadInput: nothing of it is left.
+        BadInput: nothing of it is left, or too little to hold some out.
     """
+    from bitladder.describe.windows import WINDOW, different
+    from bitladder.plan.tuning import LEAST_WINDOWS, held_places
+
     if not build.tuning:
         return []
+    try:
+        windows = job.windows(calibration_texts(job, build.tuning))
+    except TooShort:  # whose message is about texts that one can leave out
+        windows = []
     seen = {window.tokens.tobytes() for window in known}
-    own = [one for one in job.windows(calibration_texts(job, build.tuning)) if one.tokens.tobytes() not in seen]
-    if not own:
+    own = [one for one in different(windows) if one.tokens.tobytes() not in seen]
+    if windows and not own:
         raise BadInput(
             "The text to tune on is the one that codes are fitted to.",
             means="A level's predictions on text that it was fitted to are too good to learn from.",
             do="Give --tune another text, or self: the model writes one.",
+        )
+    if not held_places([one.document for one in own]):
+        raise BadInput(
+            f"The text to tune on makes {len(own)} windows of tokens that codes are not fitted to.",
+            means="Too few to hold some out: every fifth decides whether tuning helped, and three must at least.",
+            do=f"Give --tune a longer text, {LEAST_WINDOWS * WINDOW:,} tokens or more, or self: the model writes one.",
         )
     return own
 

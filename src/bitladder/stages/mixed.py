@@ -13,9 +13,9 @@ from bitladder.plan.schemes import choose_schemes
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe
 from bitladder.stages.job import NONE, Build, CalibrationPart, Job, Work, opened
-from bitladder.stages.quantize import SortedLevels, calibrate_levels
+from bitladder.stages.quantize import SortedLevels, calibrate_levels, nothing_tuned
 from bitladder.stages.recipe import AIM, RecipeResult, held, measured_on
-from bitladder.stages.schemes import SchemeStorage
+from bitladder.stages.schemes import SchemeStorage, form_of
 from bitladder.stages.weighing import RecipeTexts, recipe_texts, weighed_tensors
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ def mix_of(job: Job, request: MixRequest) -> RecipeResult:
     """As ``make_mix``, of a model that is open already."""
     storage = SchemeStorage(job.source, request.schemes, checkpoint=job.found.checkpoint, threads=job.threads)
     storage.require(request.wish)
+    offered = dict.fromkeys(scheme for info in job.source.model.tensors for scheme in storage.choices.of(info))
+    if request.build is not None and request.build.tuning and not any(form_of(scheme).tunable for scheme in offered):
+        raise nothing_tuned(list(offered))
     parts = recipe_texts(job, request.texts, request.build)
     table, kept = weighed_tensors(job, parts, request.texts, storage)
 
@@ -82,6 +85,7 @@ def _written(job: Job, storage: SchemeStorage, recipe: Recipe, parts: RecipeText
     reused = level.name in calibrated.kept
     file = LevelFile(level.name, Path(report.path), report.bytes, report.bpw, report.seconds, reused)
     tokens = sum(len(window.tokens) for window in parts.fitting)
-    fitted = FittedLevel(file, recipe, report.linears, tokens, f"calibrated as {calibrated.fingerprints[level.name]}")
+    method = f"calibrated as {calibrated.fingerprints[level.name]}"
+    fitted = FittedLevel(file, recipe, report.linears, tokens, method, calibrated.tuned.get(level.name))
     job.journal.warn(*report.notes)
     return RecipeResult(recipe, float("nan"), fitted, measured_on(job, file.path, parts.held_out))

@@ -171,12 +171,17 @@ def _refuse_tuning(asked: SortedLevels) -> None:
     forms = {one.name: one.format.forms for one in asked.checkpoints}  # none yet of a mix that is still to be chosen
     named += [name for name, own in forms.items() if own and not any(form.tunable for form in own)]
     if named:
-        raise UsageError(
-            f"--tune does nothing for {', '.join(named)}.",
-            means="Scales are tuned of levels with error feedback (GPTQ-Q4_K_M, bpw4.25), and of checkpoints of whole "
-            "numbers with 16-bit scales (GPTQ, AWQ, W4A16, MLX-4bit).",
-            do="Name such levels, or leave --tune out.",
-        )
+        raise nothing_tuned(named)
+
+
+def nothing_tuned(names: Sequence[str]) -> UsageError:
+    """What is said where none of some levels, or schemes, has anything that is tuned."""
+    return UsageError(
+        f"--tune does nothing for {', '.join(names)}.",
+        means="Scales are tuned of levels with error feedback (GPTQ-Q4_K_M, bpw4.25), and of checkpoints of whole "
+        "numbers with 16-bit scales (GPTQ, AWQ, W4A16, MLX-4bit).",
+        do="Name such levels, or leave --tune out.",
+    )
 
 
 def _straight(model: str, asked: SortedLevels, build: Build, work: Work) -> Built | None:
@@ -229,16 +234,16 @@ def calibrate_levels(
     from bitladder.files.texts import shipped_texts
     from bitladder.levels.products import ImportanceVectors
     from bitladder.report.recipe import tuning_line
-    from bitladder.stages.calibrate import Calibration, Reading
+    from bitladder.stages.calibrate import Calibration, Reading, tunes
     from bitladder.stages.schemes import with_schemes
     from bitladder.walk.checkpoint_walk import Settings
     from bitladder.walk.products import half_for
 
     source, documents = job.source, calibration_texts(job, build.calibration)
-    wanted: list[Product] = [*(with_schemes(job, level, build) for level in levels.checkpoints), *levels.folded]
+    beside: list[Product] = [*levels.folded]
     together = build.imatrix == AUTO and build.importance_text == build.calibration
     if together and levels.use_importance and not importance_file(job, documents).exists():
-        wanted.append(ImportanceVectors())
+        beside.append(ImportanceVectors())
     whole = job.windows(documents)
     reading = Reading(
         whole if windows is None else windows,
@@ -248,11 +253,22 @@ def calibrate_levels(
         tuning=tuning_windows(job, whole, build),
         text_key=job.text_key(documents),
     )
-    walk = Calibration(
-        source, wanted, reading, out_dir=build.out, name=job.found.label, checkpoint=job.found.checkpoint,
-        settings=Settings(threads=job.threads, device=job.device, half=half_for(job.executor)), force=build.force,
-        folders=build.folders, is_kept=kept_by_evidence(job.journal), executor=job.executor, warn=job.journal.warn,
-    )  # fmt: skip
+
+    def planned(wanted: Sequence[Product]) -> Calibration:
+        return Calibration(
+            source, wanted, reading, out_dir=build.out, name=job.found.label, checkpoint=job.found.checkpoint,
+            settings=Settings(threads=job.threads, device=job.device, half=half_for(job.executor)), force=build.force,
+            folders=build.folders, is_kept=kept_by_evidence(job.journal), executor=job.executor, warn=job.journal.warn,
+        )  # fmt: skip
+
+    known = [level for level in levels.checkpoints if level.format.forms]
+    if known and len(known) < len(levels.checkpoints):
+        planned(known)  # what is wrong with them is said before a mix is weighed
+    checkpoints = [with_schemes(job, level, build) for level in levels.checkpoints]
+    for level in checkpoints:
+        if build.tuning and not tunes(level, reading):
+            job.journal.warn(f"{level.name} is not tuned: none of the schemes chosen for it has scales that are.")
+    walk = planned([*checkpoints, *beside])
     with forecast(walk.need, job.journal, build.out) if walk.need is not None else nullcontext():
         calibrated = walk.run(job.progress)
     for name, tuning in calibrated.tuned.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from bitladder import __version__
-from bitladder.describe.windows import weighing_part
+from bitladder.describe.windows import different, weighing_part
 from bitladder.errors import BadInput
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
@@ -92,14 +92,16 @@ def sizes_between(least: float, most: float) -> list[float]:
 
 
 def parts_of_text(windows: Sequence[Window]) -> RecipeTexts:
-    """Windows spread over the text are held out; sensitivities are taken from others, spread over the rest.
+    """Windows spread over the text are held out; sensitivities are taken from others, spread over the rest. What the
+    text repeats counts once.
 
     Raises:
         BadInput: there are too few windows to hold one out.
     """
+    windows = different(windows)
     if len(windows) < _LARGEST_HELD_OUT:
         raise BadInput(
-            f"The calibration text makes {len(windows)} windows of tokens; at least {_LARGEST_HELD_OUT} are needed.",
+            f"The calibration text makes {len(windows)} different windows; at least {_LARGEST_HELD_OUT} are needed.",
             means="One in four is held out, to measure the file on text that nothing was fitted to.",
             do="Give a longer text, or leave it out to use the one that ships.",
         )
