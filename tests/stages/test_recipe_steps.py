@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,17 +17,18 @@ from bitladder.describe.windows import Window
 from bitladder.errors import BadInput, NothingFits, UsageError
 from bitladder.files import probe, sources
 from bitladder.files.gguf import GgufFile
+from bitladder.files.imatrix import ImportanceMatrix, write_imatrix
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.recipes import is_quantizable, types_for
 from bitladder.levels import FeedbackLevel, parse_levels
 from bitladder.plan.cost import level_size
-from bitladder.plan.recipe import Limits, choose, fitted, predicted, reapplied, recipe_bytes
+from bitladder.plan.recipe import Limits, check, choose, fitted, predicted, reapplied, recipe_bytes
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable, TensorLoss
-from bitladder.report.recipe import note_lines, recipe_lines
+from bitladder.report.recipe import lost_words, note_lines, recipe_lines
+from bitladder.stages import mixed, quantize, weighing
 from bitladder.stages import recipe as recipes
-from bitladder.stages import weighing
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.job import Build, Job, Journal, Work, opened
 from bitladder.stages.ladder_files import ladder_files
@@ -367,6 +369,8 @@ def test_speed_and_vram_that_cannot_be_are_told_in_their_units(tiny):
         table = _table(source)
         with pytest.raises(NothingFits, match="ms a token"):
             choose(table, source.model, Limits(bpw=6, least_decode=1000, rates=rates))
+        with pytest.raises(NothingFits, match="--tps leaves"):
+            check(source.model, Limits(kl=1, least_decode=1000, rates=rates))
         with pytest.raises(NothingFits, match="100 B"):
             choose(table, source.model, Limits(bpw=6, gpu_layers=1, vram_bytes=100))
 
@@ -398,6 +402,84 @@ def test_the_budget_of_a_small_machine_is_what_the_context_leaves(demo_gguf, mon
         assert 0 < rooms[0] < 1 << 30
         assert rooms[1] > rooms[0]
         assert recipes.room_for_weights(source, 8192) < rooms[1]
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """No work may begin."""
+    for place, name in ((recipes, "weighed_tensors"), (mixed, "weighed_tensors"), (quantize, "calibrate_levels")):
+        monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("the work was begun"))
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("options", [["--bpw", "6"], ["--level", "Q4_0"], ["--to", "vllm", "--bpw", "6"]])
+def test_where_nothing_can_be_written_is_told_before_the_work(options, tiny, monkeypatch):
+    run = CliRunner().invoke
+    found = run(app, ["recipe", str(tiny), *options, "--out", str(tiny)])
+    assert (found.exit_code, "is no folder" in found.stderr) == (6, True)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    found = run(app, ["recipe", str(tiny), *options, "--out", str(tiny.parent / "a" / "b")])
+    assert (found.exit_code, "is closed to you" in found.stderr) == (6, True)
+    assert not (tiny.parent / "a").exists()
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize("limit", [["--bpw", "6"], ["--kl", "0.1"]])
+def test_room_that_no_types_leave_is_told_before_the_work(limit, tiny):
+    found = CliRunner().invoke(app, ["recipe", str(tiny), *limit, "--ngl", "1", "--vram", "100B"])
+    assert (found.exit_code, "--vram leaves 100 B" in found.stderr) == (3, True)
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_model_that_fits_as_it_is_is_said_to(tiny, monkeypatch):
+    monkeypatch.setattr(recipes, "room_for_weights", lambda *_: 1 << 40)
+    found = CliRunner().invoke(app, ["recipe", str(tiny), "--fits", "--out", str(tiny.parent / "out"), "--json"])
+    assert found.exit_code == 0, found.output
+    record = json.loads(found.stdout)
+    assert record["fitted"] is None
+    assert "fits this machine as it is" in record["warnings"][0]
+    with GgufFile.open(tiny) as source:
+        assert record["recipe"]["qtypes"] == {info.name: info.qtype for info in source.model.tensors}
+
+
+@pytest.mark.usefixtures("idle")
+def test_levels_that_cannot_be_are_refused_by_their_names_before_the_work(tiny, tmp_path):
+    run, out = CliRunner().invoke, ["--out", str(tmp_path / "out")]
+    found = run(app, ["quantize", str(tiny), "--to", "GPTQ-4bit-g32,bpw2.00", *out])
+    assert (found.exit_code, "bpw2.00: The budget leaves" in found.stderr) == (3, True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tiny-GPTQ-Q4_0.gguf").write_text("mine")
+    found = run(app, ["quantize", str(tiny), "--to", "GPTQ-4bit-g32,GPTQ-Q4_0", *out])
+    assert (found.exit_code, "tiny-GPTQ-Q4_0.gguf exists" in found.stderr) == (2, True)
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize(("name", "said"), [("blk.0.ffn_up.weight", "has 7 values"), ("other", "of no tensor of")])
+def test_an_importance_matrix_of_another_model_is_named_before_the_work(name, said, tiny, tmp_path):
+    file = tmp_path / "other.gguf"
+    write_imatrix(file, ImportanceMatrix({name: np.ones((1, 7), np.float32)}, {name: np.ones(1, np.float32)}))
+    call = ["quantize", str(tiny), "--to", "GPTQ-4bit-g32,Q4_0", "--imatrix", str(file), "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, call)
+    assert found.exit_code == 2
+    assert str(file) in found.stderr
+    assert said in found.stderr
+
+
+def test_a_folder_is_called_by_its_whole_name(tiny, tmp_path, monkeypatch):
+    (folder := tmp_path / "tiny-CT-bpw5.97").mkdir()
+    called = []
+    monkeypatch.setattr(recipes, "walking_need", lambda _source, _windows, names: called.extend(names))
+    with opened(str(tiny), Work()) as job, pytest.raises(BadInput):
+        recipes.measured_on(job, folder, [])
+    assert called == ["tiny-CT-bpw5.97"]
+
+
+def test_one_text_alone_gives_no_interval():
+    with_one, with_two = (
+        SimpleNamespace(kl_mean=0.1, kl_low=low, kl_high=3 * low, unit="document") for low in (np.nan, 0.08)
+    )
+    assert lost_words(with_one) == "mean KL 0.100 (one document: no interval)"
+    assert lost_words(with_two) == "mean KL 0.100 [0.0800, 0.240]"
 
 
 def test_parts_of_no_size_are_refused(tiny):

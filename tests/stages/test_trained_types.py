@@ -15,14 +15,14 @@ from bitladder.formats.blocks import QTYPES, TRAINED
 from bitladder.formats.parts import nextn_blocks
 from bitladder.formats.recipes import LEVELS, RECIPES, assign, is_quantizable, types_for
 from bitladder.formats.tensors import TensorInfo
-from bitladder.levels import parse_level
+from bitladder.levels import FeedbackLevel, parse_level
 from bitladder.plan.cost import level_size
 from bitladder.records.recipe import Recipe
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import file_candidate, walk
 from bitladder.stages.imatrix import importance_matrix
-from bitladder.stages.recipe import named_recipe
+from bitladder.stages.recipe import named_recipe, refuse_fitted
 from bitladder.stages.write_levels import quantize_levels
 from gguf_bytes import LLAMA_KEYS, f32, padded, string, strings, tensor
 
@@ -227,6 +227,8 @@ class TestFactors:
                 assert stored.qtype(name) == "Q5_0"  # rows of 64 weights
                 np.testing.assert_array_equal(fly(name), stored(name))
                 np.testing.assert_array_equal(fly(name, slice(3, 7)), stored(name, slice(3, 7)))
+                with pytest.raises(BadInput, match=r"^GPTQ-Q8_0: .*has a factor beside it"):
+                    refuse_fitted(written, FeedbackLevel("Q8_0"))
             recipe = Recipe("GPTQ-Q4_K_M", "llama", qtypes, 0, 0.0, None, (), feedback=True)
             with pytest.raises(BadInput, match=r"blk\.0\.ffn_gate\.weight has a factor beside it"):
                 write_with_feedback(opened, recipe, tmp_path / "fed", [])

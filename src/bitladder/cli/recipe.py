@@ -91,8 +91,7 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
     """
     from bitladder.files.sources import resolve
     from bitladder.plan.recipe import Limits
-    from bitladder.report.recipe import recipe_lines
-    from bitladder.report.rows import small
+    from bitladder.report.recipe import lost_words, recipe_lines
     from bitladder.stages.job import Build
     from bitladder.stages.recipe import RecipeRequest, RecipeResult, make_recipe, read_recipe, reapply
 
@@ -140,8 +139,8 @@ def recipe(options: RecipeOptions, json_output: JsonFlag = False) -> None:
     if result.held_out is not None:
         held = result.held_out
         say(
-            f"On {held.tokens} tokens that nothing was fitted to: mean KL {small(held.kl_mean)} "
-            f"[{small(held.kl_low)}, {small(held.kl_high)}], same first choice {held.top1:.1%}."
+            f"On {held.tokens} tokens that nothing was fitted to: {lost_words(held)}, "
+            f"same first choice {held.top1:.1%}."
         )
 
 

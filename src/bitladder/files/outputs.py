@@ -17,6 +17,7 @@ Ours = Callable[[Path], bool]
 """Whether a file that is there was made by Bitladder, is of the kind that would be written, and comes from the same
 source."""
 
+_ELSEWHERE = "Choose another place with --out."
 _MOST_READ = 64 << 20
 """Texts of ours are smaller; what is larger is something else."""
 
@@ -38,13 +39,11 @@ def check_output(
         UsageError: ``path`` is an input, is no ordinary file or folder, or is something else of the user's.
         OutputError: it would lie in something that is no folder.
     """
-    place = "Choose another place with --out."
+    place = _ELSEWHERE
     for one in inputs:
         if same_place(path, one):
             raise UsageError(f"{_titled(what)} would be written over its own source, {path}.", do=place)
-    within = next((folder for folder in path.parents if os.path.lexists(folder)), None)
-    if within is not None and not within.is_dir():
-        raise OutputError(f"{path} cannot be written: {within} is no folder.", do=place)
+    _standing(path, path.parents)
     if str(path) == "-":
         raise UsageError(f"{_titled(what)} cannot go to standard output.", do="Name a file.")
     if not os.path.lexists(path):
@@ -65,6 +64,29 @@ def check_output(
         found = f"{path} is a link to something that is not there."
     do = place if force is None else "Choose another place, or give --force to replace it."
     raise UsageError(found, means="Writing there would destroy it.", do=do)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that nothing can be written into, before the work whose results go there. It is not made yet.
+
+    Raises:
+        OutputError: it lies in something that is no folder, or is closed to this user.
+    """
+    within = _standing(folder, (folder, *folder.parents))
+    if within is not None and not os.access(within, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{folder} cannot be written: {within} is closed to you.",
+            means="It is read-only, or belongs to somebody else.",
+            do=_ELSEWHERE,
+        )
+
+
+def _standing(path: Path, places: Iterable[Path]) -> Path | None:
+    """The first of some places that is there; raises OutputError where it is no folder, so that ``path`` cannot be."""
+    within = next((place for place in places if os.path.lexists(place)), None)
+    if within is not None and not within.is_dir():
+        raise OutputError(f"{path} cannot be written: {within} is no folder.", do=_ELSEWHERE)
+    return within
 
 
 def same_place(path: Path, other: Path) -> bool:

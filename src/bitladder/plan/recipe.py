@@ -78,29 +78,34 @@ def choose(table: SensitivityTable, model: Model, wish: Limits, *, header_bytes:
     """
     check(model, wish, header_bytes=header_bytes)
     tensors = {tensor.name: tensor for tensor in model.tensors}
-    groups = [_group(tensors[name], table, model, wish) for name in table.losses]
+    groups = [_group(tensors[name], _losses(table, name, wish), model, wish) for name in table.losses]
     others = [tensor for tensor in model.tensors if tensor.name not in table.losses]
     kept = sum(QTYPES[_unweighed(tensor)].nbytes(tensor.shape) for tensor in others)
-    limits: dict[str, float] = {}
-    if wish.least_decode and wish.rates:
-        fixed = wish.rates.token_s + model.dims.n_layer * wish.rates.layer_s
-        limits["seconds"] = 1 / wish.least_decode - fixed
-        if limits["seconds"] <= 0:
-            raise NothingFits(
-                f"{wish.least_decode:g} tokens/s leave {1000 / wish.least_decode:.3g} ms a token; "
-                f"{1000 * fixed:.3g} ms pass before any weight is read.",
-                means="No choice of types is that fast on this machine.",
-                do=f"Ask for at most {0.9 / fixed:.0f} tokens/s.",
-            )
-    if wish.vram_bytes is not None:
-        limits["vram"] = wish.vram_bytes
-    _check_limits(groups, limits)
+    limits = _room(model, wish)
     if wish.kl is not None:
         found = fewest("bytes", groups, limits, loss=allowed_loss(groups, table, wish.kl, wish))
     else:
         limits["bytes"] = _budget(model, wish, header_bytes) - kept
         found = least_loss(groups, limits)
     return _recipe(table, model, wish, found)
+
+
+def _room(model: Model, wish: Limits) -> dict[str, float]:
+    """What the matrices may take of time and VRAM, where that is limited; raises NothingFits where it is nothing."""
+    limits: dict[str, float] = {}
+    if wish.least_decode and wish.rates:
+        fixed = wish.rates.token_s + model.dims.n_layer * wish.rates.layer_s
+        limits["seconds"] = 1 / wish.least_decode - fixed
+        if limits["seconds"] <= 0:
+            raise NothingFits(
+                f"--tps {wish.least_decode:g} leaves {1000 / wish.least_decode:.3g} ms a token; "
+                f"{1000 * fixed:.3g} ms pass before any weight is read.",
+                means="No choice of types is that fast on this machine.",
+                do=f"Ask for at most {0.9 / fixed:.0f} tokens/s.",
+            )
+    if wish.vram_bytes is not None:
+        limits["vram"] = wish.vram_bytes
+    return limits
 
 
 def allowed_loss(groups: Sequence[TensorGroup], table: SensitivityTable, kl: float, wish: Limits) -> float:
@@ -116,24 +121,40 @@ def allowed_loss(groups: Sequence[TensorGroup], table: SensitivityTable, kl: flo
     return max(table.needed(wish.aim * kl, feedback=wish.feedback), sums)
 
 
-def _check_limits(groups: Sequence[TensorGroup], limits: Mapping[str, float]) -> None:
+def _check_room(model: Model, wish: Limits) -> None:
     """Refuse, in its own units, a limit that the cheapest types already pass."""
+    limits = _room(model, wish)
+    if not limits:
+        return
+    low = wants_low(model, wish)
+    groups = [
+        _group(tensor, [(qtype, 0.0) for qtype in types_for(tensor, low=low)], model, wish)
+        for tensor in model.tensors
+        if is_quantizable(tensor)
+    ]
     for name, limit in limits.items():
         least = sum(min(choice.costs[name] for choice in group.choices) for group in groups)
         if least > limit:
-            said = {"seconds": (f"{1000 * limit:.3g} ms a token", f"{1000 * least:.3g} ms")}
-            allowed, needed = said.get(name, (human_bytes(int(limit)), human_bytes(int(least))))
+            option, allowed, needed = "--vram", human_bytes(int(limit)), human_bytes(int(least))
+            means, do = "No choice of types keeps it.", "Put fewer layers on the GPU, or allow more."
+            if name == "seconds":
+                option, allowed, needed = "--tps", f"{1000 * limit:.3g} ms a token", f"{1000 * least:.3g} ms"
+                means, do = "No choice of types is that fast here.", "Ask for fewer tokens/s."
             raise NothingFits(
-                f"The limit leaves {allowed} for the matrices; in the types that take least they need {needed}.",
-                means="No choice of types keeps it." if name == "vram" else "No choice of types is that fast here.",
-                do="Put fewer layers on the GPU, or allow more." if name == "vram" else "Ask for fewer tokens/s.",
+                f"{option} leaves {allowed} for the matrices; in the types that take least they need {needed}.",
+                means=means,
+                do=do,
             )
 
 
 def check(model: Model, wish: Limits, *, header_bytes: int = 0) -> None:
     """Refuse what no table of losses is needed to refuse; arguments and errors as ``choose``."""
-    if wish.kl is not None:
-        return
+    if wish.kl is None:
+        _check_budget(model, wish, header_bytes)
+    _check_room(model, wish)
+
+
+def _check_budget(model: Model, wish: Limits, header_bytes: int) -> None:
     budget = _budget(model, wish, header_bytes)
     least, _ = bounds(model, low=True)
     if least > budget:
@@ -210,8 +231,12 @@ def _budget(model: Model, wish: Limits, header_bytes: int) -> int:
     return budget
 
 
-def _group(tensor: TensorInfo, table: SensitivityTable, model: Model, wish: Limits) -> TensorGroup:
-    losses = [(one.qtype, one.fed if wish.feedback else one.plain) for one in table.losses[tensor.name]]
+def _losses(table: SensitivityTable, name: str, wish: Limits) -> list[tuple[str, float]]:
+    """Types that a tensor was weighed in, with what each is predicted to lose."""
+    return [(one.qtype, one.fed if wish.feedback else one.plain) for one in table.losses[name]]
+
+
+def _group(tensor: TensorInfo, losses: Sequence[tuple[str, float]], model: Model, wish: Limits) -> TensorGroup:
     smaller = [(qtype, loss) for qtype, loss in losses if QTYPES[qtype].nbytes(tensor.shape) < tensor.nbytes]
     offered = [*smaller, (tensor.qtype, 0.0)]
     return TensorGroup(tensor.name, tuple(TypeChoice(q, loss, _costs(tensor, q, model, wish)) for q, loss in offered))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from math import isfinite
 
+from bitladder.records.fidelity import Fidelity
 from bitladder.records.recipe import FittedLevel, Recipe, Tuning
 from bitladder.report.rows import small
 from bitladder.units import human_bytes
@@ -49,6 +51,13 @@ def tuning_line(tuning: Tuning) -> str:
     if tuning.kept:
         return f"Tuned in {tuning.steps} steps on {tuning.tokens:,} tokens{note}: {on}."
     return f"Tuning was not kept: {on}, no more than chance, in {tuning.steps} steps on {tuning.tokens:,} tokens{note}."
+
+
+def lost_words(held: Fidelity) -> str:
+    """What a file was measured to lose, with the interval where more than one text says it."""
+    if not isfinite(held.kl_low):
+        return f"mean KL {small(held.kl_mean)} (one {held.unit}: no interval)"
+    return f"mean KL {small(held.kl_mean)} [{small(held.kl_low)}, {small(held.kl_high)}]"
 
 
 def _by_role(recipe: Recipe) -> dict[str, list[tuple[str, int]]]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from bitladder.describe.text import Document
     from bitladder.describe.windows import Window
+    from bitladder.files.gguf import GgufFile
     from bitladder.files.imatrix import ImportanceMatrix
     from bitladder.plan.preflight import JobNeed
 
@@ -137,17 +138,40 @@ def importance_of(job: Job, build: Build) -> Importance | None:
         BadInput: the calibration text shares passages with the measuring text, or is too short.
         BadFile: the file cannot be used.
     """
-    from bitladder.files.imatrix import read_imatrix
-
     if build.imatrix == NONE:
         return None
     if build.imatrix != AUTO:
-        return read_imatrix(Path(build.imatrix)).vectors()
+        return given_importance(job.source, Path(build.imatrix))
     try:
         return _made_once(job, build).vectors()
     except UnknownArchitecture as error:
         job.journal.warn(f"Levels are made without an importance matrix: {error.found}")
         return None
+
+
+def given_importance(source: GgufFile, file: Path) -> Importance:
+    """The importance matrix of a file.
+
+    Raises:
+        BadInput: it cannot be read, or is of another model.
+        BadFile: it cannot be used.
+    """
+    from bitladder.files.imatrix import read_imatrix
+    from bitladder.stages.write_levels import fitted_importance
+
+    vectors = read_imatrix(file).vectors()
+    try:
+        fitted = fitted_importance(source, vectors)
+    except BadInput as error:
+        error.found = f"{file}: {error.found}"
+        raise
+    if not fitted:
+        raise BadInput(
+            f"{file} has the importance of no tensor of {source.path}.",
+            means="It was computed for another model.",
+            do="Compute one for this model, or leave it away.",
+        )
+    return vectors
 
 
 def importance_need(job: Job, build: Build) -> JobNeed | None:

@@ -122,7 +122,7 @@ def write_with_feedback(
     """
     started = time.monotonic()
     settings = settings or FeedbackSettings()
-    _refuse_factors(source, recipe)
+    refuse_factors(source, recipe)
     tokens = sum(len(window.tokens) for window in windows)
     if tokens < LEAST_TOKENS:
         raise BadInput(
@@ -153,7 +153,7 @@ def write_with_feedback(
     return FittedLevel(file, recipe, tuple(losses), tokens, method, tuned)
 
 
-def _refuse_factors(source: GgufFile, recipe: Recipe) -> None:
+def refuse_factors(source: GgufFile, recipe: Recipe) -> None:
     """Codes are chosen for what a matrix does, and its factor would count twice; raises BadInput."""
     types = {info.name: info.qtype for info in source.model.tensors}
     for name, qtype in types.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitladder.files.outputs import check_folder
 from bitladder.levels.checkpoints.mixed import SCHEMES
 from bitladder.plan.schemes import choose_schemes
 from bitladder.records.level_file import LevelFile
@@ -56,6 +57,8 @@ def mix_of(job: Job, request: MixRequest) -> RecipeResult:
     offered = dict.fromkeys(scheme for info in job.source.model.tensors for scheme in storage.choices.of(info))
     if request.build is not None and request.build.tuning and not any(form_of(scheme).tunable for scheme in offered):
         raise nothing_tuned(list(offered))
+    if request.build is not None:
+        check_folder(request.build.out)
     parts = recipe_texts(job, request.texts, request.build)
     table, kept = weighed_tensors(job, parts, request.texts, storage)
 

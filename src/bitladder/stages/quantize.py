@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 from bitladder.errors import UsageError
 from bitladder.levels import CheckpointLevel, FeedbackLevel, FileLevel, FoldedLevel, Level, Needs, RecipeLevel
-from bitladder.stages.calibration import calibration_texts, importance_file, importance_of, tuning_windows
+from bitladder.stages.calibration import (
+    calibration_texts,
+    given_importance,
+    importance_file,
+    importance_of,
+    tuning_windows,
+)
 from bitladder.stages.forecast import building_need, forecast
 from bitladder.stages.job import AUTO, CPU, NONE, Build, Job, Work, opened
 from bitladder.stages.known_files import kept_by_evidence
@@ -105,10 +111,11 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
     asked = sort_levels(levels, build.imatrix, build.split_max_bytes)
     if build.tuning:
         _refuse_tuning(asked)
-    if build.imatrix not in (AUTO, NONE):
+    given = None if build.imatrix in (AUTO, NONE) else Path(build.imatrix)
+    if given is not None:
         from bitladder.files.imatrix import read_imatrix
 
-        read_imatrix(Path(build.imatrix))
+        read_imatrix(given)
     if work.device != CPU:
         from bitladder.kernels.gpu import check_device
 
@@ -119,6 +126,13 @@ def build_levels(model: str, levels: Sequence[Level], build: Build, work: Work) 
         if asked.files or asked.folded or asked.fitted:
             job.require_tokenizer()
         _refuse_overwriting(job.source, asked, build)
+        if given is not None:
+            given_importance(job.source, given)
+        if asked.fitted:
+            from bitladder.stages.recipe import refuse_fitted
+
+            for level in asked.fitted:
+                refuse_fitted(job.source, level)
         job.source.hash_ahead()  # while the rest is imported, which takes as long as hashing a small model
         from bitladder.files.probe import probe_machine
         from bitladder.plan.preflight import require
@@ -204,10 +218,11 @@ def _refuse_overwriting(source: GgufFile, asked: SortedLevels, build: Build) -> 
     """Files whose names are known beforehand, before a walk takes its minutes; raises UsageError."""
     from bitladder.files.level_files import draft_level, refuse_overwriting
 
-    levels: list[RecipeLevel | FoldedLevel] = [*asked.files, *asked.folded]
+    levels: list[FileLevel] = [*asked.files, *asked.folded, *asked.fitted]
     drafts = [
         draft_level(source.model, level.recipe, build.out, label=level.name, split_max_bytes=build.split_max_bytes)
         for level in levels
+        if level.recipe is not None  # a file of so many bits is called by those that it comes to
     ]
     inputs = [header.path for header in source.headers]
     refuse_overwriting(inputs, drafts, lambda: source.sha256, force=build.force)

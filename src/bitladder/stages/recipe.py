@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitladder.errors import UsageError
+from bitladder.errors import BitladderError, UsageError
+from bitladder.files.outputs import check_folder
 from bitladder.levels import FeedbackLevel
 from bitladder.records.recipe import FittedLevel, Recipe, SensitivityTable
 from bitladder.stages.calibration import tuning_windows
@@ -18,6 +19,7 @@ from bitladder.stages.job import Build, CalibrationPart, Job, Journal, Work, ope
 from bitladder.stages.known_files import kept_by_evidence
 from bitladder.stages.projector import deliver_projector, projector_of
 from bitladder.stages.weighing import GgufStorage, RecipeTexts, keep_table, recipe_texts, weighed_tensors
+from bitladder.units import human_bytes
 
 if TYPE_CHECKING:
     from bitladder.describe.rates import PoolRates
@@ -72,7 +74,7 @@ def make_recipe(model: str, request: RecipeRequest, work: Work) -> RecipeResult:
     with opened(model, work) as job:
         job.require_tokenizer()
         result = recipe_of(job, request)
-        if request.build is not None:
+        if request.build is not None and result.fitted is not None:
             deliver_projector(job.found, request.build.out, job.journal, job.progress)
         return result
 
@@ -89,6 +91,14 @@ def recipe_of(job: Job, request: RecipeRequest) -> RecipeResult:
         level_named(request.level)  # a name that is none is refused before any work
     job.require_layers()
     build = request.build
+    if request.fits and _is_whole(source, request.wish):
+        job.journal.warn(
+            f"{job.found.label} fits this machine as it is, in {human_bytes(source.model.tensor_bytes)}: nothing is to "
+            "be chosen, and no file is written."
+        )
+        return RecipeResult(read_recipe(source.path), float("nan"))
+    if build is not None:
+        check_folder(build.out)
     parts = recipe_texts(job, request.texts, build)
     if request.level is not None:
         recipe = named_recipe(source, request.level)
@@ -187,6 +197,26 @@ def _written(job: Job, recipe: Recipe, parts: RecipeTexts, build: Build) -> Reci
     return RecipeResult(recipe, float("nan"), fitted, measured_on(job, fitted.file.path, parts.held_out))
 
 
+def refuse_fitted(source: GgufFile, level: FeedbackLevel) -> None:
+    """What no table of losses is needed to refuse of a level, by its name.
+
+    Raises:
+        NothingFits, UsageError: its bits are too few or too many.
+        BadInput: error feedback is not made for one of its matrices.
+    """
+    from bitladder.plan.recipe import Limits, check
+    from bitladder.stages.feedback import refuse_factors
+
+    try:
+        if level.recipe is None:
+            check(source.model, Limits(bpw=level.bpw))
+        else:
+            refuse_factors(source, named_recipe(source, level.recipe))
+    except BitladderError as error:
+        error.found = f"{level}: {error.found}"
+        raise
+
+
 def fitted_level(job: Job, level: FeedbackLevel, build: Build) -> FittedLevel:
     """Write ``GPTQ-Q4_K_M`` or ``bpw4.25``; what it loses on held-out text is told to the journal.
 
@@ -194,15 +224,13 @@ def fitted_level(job: Job, level: FeedbackLevel, build: Build) -> FittedLevel:
         As ``make_recipe``.
     """
     from bitladder.plan.recipe import Limits
-    from bitladder.report.rows import small
+    from bitladder.report.recipe import lost_words
 
     request = RecipeRequest(Limits(bpw=level.bpw), level=level.recipe, build=build, texts=build.calibration)
     result = recipe_of(job, request)
     if result.fitted is None or result.held_out is None:
         raise ValueError("a recipe with a folder was not written")
-    held = result.held_out
-    interval = f"[{small(held.kl_low)}, {small(held.kl_high)}]"
-    job.journal.say(f"{level}: mean KL {small(held.kl_mean)} {interval} on held-out text.")
+    job.journal.say(f"{level}: {lost_words(result.held_out)} on held-out text.")
     return result.fitted
 
 
@@ -218,6 +246,7 @@ def reapply(file: Path, model: str, build: Build, work: Work) -> RecipeResult:
     with opened(model, work) as job:
         job.require_tokenizer()
         own = reapplied(recipe, job.source.model)
+        check_folder(build.out)
         result = _written(job, own, recipe_texts(job, build.calibration, build), build)
         deliver_projector(job.found, build.out, job.journal, job.progress)
         return result
@@ -305,7 +334,7 @@ def measured_on(job: Job, file: Path, windows: Sequence[Window]) -> Fidelity:
     from bitladder.files.gguf import GgufFile
     from bitladder.stages.fidelity import file_candidate, folder_candidate, walk
 
-    need = walking_need(job.source, windows, (file.stem,))
+    need = walking_need(job.source, windows, (file.name if file.is_dir() else file.stem,))
     with ExitStack() as stack:
         if file.is_dir():
             candidate = folder_candidate(job.source, file, format_of_folder(file), threads=job.threads)
@@ -324,11 +353,22 @@ def _bounded(job: Job, request: RecipeRequest) -> Limits:
     if request.fits:
         projector = projector_of(job.found, job.journal, job.progress)
         beside = projector.stat().st_size if projector else 0
-        wish = replace(wish, bytes=room_for_weights(source, request.n_ctx) - beside)
+        room = room_for_weights(source, request.n_ctx) - beside
+        wish = replace(wish, bytes=min(room, _whole_bytes(source)))  # more than the source is no budget
     if wish.least_decode:
         wish = replace(wish, rates=_rates())
     check(source.model, wish, header_bytes=_header_bytes(source))
     return wish
+
+
+def _is_whole(source: GgufFile, wish: Limits) -> bool:
+    """Whether the source itself keeps a wish for room, and nothing else is wished."""
+    return wish.bytes == _whole_bytes(source) and wish.least_decode is None and wish.vram_bytes is None
+
+
+def _whole_bytes(source: GgufFile) -> int:
+    """The largest budget that there is: of a file that keeps every tensor as it is."""
+    return source.model.tensor_bytes + _header_bytes(source)
 
 
 def _chosen(source: GgufFile, table: SensitivityTable, wish: Limits) -> Recipe:

@@ -194,7 +194,7 @@ def quantize_levels(
         )
         for level in dict.fromkeys(levels)
     ]
-    fitted = _fitted(source, importance or {})
+    fitted = fitted_importance(source, importance or {})
     if folds:
         fitted = {name: folds[name].importance(rows) if name in folds else rows for name, rows in fitted.items()}
     refuse = partial(refuse_overwriting, [header.path for header in source.headers], force=placing.get("force"))
@@ -245,8 +245,12 @@ def _hash_of(vectors: Importance) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fitted(source: GgufFile, importance: Importance) -> dict[str, F32Array]:
-    """Importance as f32[matrices, columns] per tensor; a single row serves every matrix of a stack."""
+def fitted_importance(source: GgufFile, importance: Importance) -> dict[str, F32Array]:
+    """Importance as f32[matrices, columns] per tensor; a single row serves every matrix of a stack.
+
+    Raises:
+        BadInput: it was computed for another model.
+    """
     fitted = {}
     for info in source.model.tensors:
         vector = importance.get(info.name)
