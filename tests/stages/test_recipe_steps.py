@@ -196,7 +196,7 @@ def test_a_recipe_for_another_shape_is_refused(tiny, tmp_path):
         (["--effort", "best"], "--effort was given without a limit"),
         (["--calibrate", "wide"], "--calibrate was given without a limit"),
         (["--level", "Q4_K_M", "--tps", "9"], "--tps was given with --level"),
-        (["--level", "Q4_K_M", "--effort", "best"], "--effort was given with --level"),
+        (["--level", "Q4_K_M", "--effort", "best"], "--effort was given with --level and no --out"),
         (["--bpw", "4", "--ctx", "512"], "--ctx was given without --fits"),
         (["--bpw", "4", "--effort", "wild"], "fast, good or best"),
     ],

@@ -167,32 +167,43 @@ def _refuse_unheeded(options: RecipeOptions, limits: list[str]) -> None:
     """Options that a call of this kind does nothing about, of GGUF recipes; raises UsageError."""
     placing: dict[str, object] = {"--tps": options.least_decode, "--vram": options.vram, "--ctx": options.ctx}
     effort = None if options.effort == RecipeOptions.effort else options.effort
-    writing = {"--out": options.out, "--tune": options.tune, "--calibrate": options.calibrate, "--effort": effort}
+    writing: dict[str, object] = {
+        "--out": options.out,
+        "--tune": options.tune,
+        "--calibrate": options.calibrate,
+        "--effort": effort,
+    }
     if options.apply is not None:
         if limits:
             raise UsageError("--apply takes a finished file's recipe as it is.", do=f"Leave {limits[0]} out.")
         if options.out is None:
             raise UsageError("--apply writes a file, and no folder is named.", do="Give --out.")
-        unheeded, beside, means = placing, "with --apply", "A finished file's types are taken as they are."
         instead = "make a recipe for this model: bitladder recipe MODEL --bpw ..."
+        _refuse(placing, "with --apply", "A finished file's types are taken as they are.", instead)
     elif options.level is not None:
-        unheeded, beside = placing | ({} if options.out else writing), "with --level"
-        means, instead = (
-            "llama.cpp's types are taken as they are.",
-            "give another limit: --budget, --bpw, --kl or --fits.",
-        )
+        instead = "give another limit: --budget, --bpw, --kl or --fits."
+        _refuse(placing, "with --level", "llama.cpp's types are taken as they are.", instead)
+        if options.out is None:
+            _refuse(
+                writing,
+                "with --level and no --out",
+                "llama.cpp's types are printed, nothing is written.",
+                "give --out.",
+            )
     elif not limits:
-        unheeded, beside = placing | writing, "without a limit"
         means = "A recipe needs a limit; without one the recipe of a file that is there is printed."
         instead = "give one of --budget, --bpw, --kl, --fits or --level."
+        _refuse(placing | writing, "without a limit", means, instead)
     elif not options.fits:
-        unheeded, beside, instead = {"--ctx": options.ctx}, "without --fits", "give --fits."
         means = "A context is counted where a file must fit this machine."
-    else:
-        return
-    name = next((name for name, value in unheeded.items() if value is not None), None)
-    if name is not None:
-        raise UsageError(f"{name} was given {beside}.", means=means, do=f"Leave it out, or {instead}")
+        _refuse({"--ctx": options.ctx}, "without --fits", means, "give --fits.")
+
+
+def _refuse(unheeded: dict[str, object], beside: str, means: str, instead: str) -> None:
+    """Raises UsageError for the first option that was given."""
+    for name, value in unheeded.items():
+        if value is not None:
+            raise UsageError(f"{name} was given {beside}.", means=means, do=f"Leave it out, or {instead}")
 
 
 def _mixed(options: RecipeOptions, build: Build, limits: list[str], work: Work) -> RecipeResult:
