@@ -32,7 +32,7 @@ from bitladder.walk.inputs import Sums, statistics_of
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.opened import layered
 from bitladder.walk.products import wants_half_products
-from bitladder.walk.sensitivity import curvature_of
+from bitladder.walk.sensitivity import curvatures_of
 from bitladder.walk.states import Batch, batches_of
 from bitladder.walk.weights import FileWeights, Rows
 
@@ -87,8 +87,11 @@ def main() -> int:
         weights, half = FileWeights(source, threads=options.threads), wants_half_products(None, "cpu")
         model, tokens = layered(source, weights), sum(len(window.tokens) for window in fitting)
         original, settings = weights(EMBEDDING), FeedbackSettings(threads=options.threads)
-        cost = tokens * curvature_of(
-            model, weights, weighing_part(fitting), state_bytes=GiB, spill=Path(), half=half, progress=silent
+        cost = (
+            tokens
+            * curvatures_of(
+                model, weights, weighing_part(fitting), state_bytes=GiB, spill=Path(), half=half, progress=silent
+            ).embedding
         )
 
         def fitted(gram: F64) -> F32:

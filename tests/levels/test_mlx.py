@@ -22,7 +22,7 @@ from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.inspect import inspect_folder
 from bitladder.walk.checkpoint_weights import CheckpointWeights
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.sensitivity import EmbeddingPass, curvature_of
+from bitladder.walk.sensitivity import CurvaturePass, curvatures_of
 from bitladder.walk.weights import FileWeights
 from mlx_here import needs_mlx
 from tiny_checkpoints import decoded, difference, loaded, run, tiny, windows_of
@@ -162,10 +162,10 @@ def test_feedback_reaches_head_and_embedding(tmp_path):
 
     with GgufFile.open(gguf) as source:
         weights = FileWeights(source)
-        cost = curvature_of(
+        cost = curvatures_of(
             LayeredModel(source.model, weights), weights, windows_of(1), state_bytes=1 << 30, spill=tmp_path,
             half=False, progress=silent,
-        )  # fmt: skip
+        ).embedding  # fmt: skip
     table = model.model.embed_tokens.weight.detach().float().numpy()
     plain = form.search(table, None, scale_dtype="bfloat16")
     wrong = [
@@ -193,8 +193,8 @@ def test_gradients_are_foreseen_and_taken_once(tmp_path, monkeypatch):
     monkeypatch.setenv("BITLADDER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(preflight, "ASSUMED_FLOPS", 1e6)
     asked = []
-    gradients = EmbeddingPass.run
-    monkeypatch.setattr(EmbeddingPass, "run", lambda *args: asked.append(1) or gradients(*args))
+    gradients = CurvaturePass.run
+    monkeypatch.setattr(CurvaturePass, "run", lambda *args: asked.append(1) or gradients(*args))
     before = foreseen("MLX-3bit-g32")
     assert before > 10 * foreseen("GPTQ-4bit-g32")
     run(gguf, ["MLX-4bit-g32"], tmp_path, checkpoint)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 from typer.testing import CliRunner
 
 import tiny_models
@@ -19,13 +20,13 @@ from bitladder.progress import silent
 from bitladder.records.recipe import Recipe
 from bitladder.stages import feedback
 from bitladder.stages import recipe as recipes
-from bitladder.stages.curvature import keep_curvature, kept_curvature
+from bitladder.stages.curvature import keep_curvatures, kept_curvatures
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.job import Build, Job, Journal
 from bitladder.stages.sensitivity import weigh
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.products import wants_half_products
-from bitladder.walk.sensitivity import EmbeddingPass
+from bitladder.walk.sensitivity import CurvaturePass, Curvatures
 from bitladder.walk.weights import FileWeights
 
 
@@ -44,10 +45,17 @@ def _opened(name, tmp_path, count=60):
 
 def _found(source, windows, tmp_path, *, half=False):
     weights = FileWeights(source)
-    return kept_curvature(
+    return kept_curvatures(
         source, LayeredModel(source.model, weights), weights, windows,
         half=half, state_bytes=1 << 30, spill=tmp_path, progress=silent,
     )  # fmt: skip
+
+
+def _same(one, other):
+    np.testing.assert_array_equal(one.embedding, other.embedding)
+    assert one.heads.keys() == other.heads.keys()
+    for name, blocks in one.heads.items():
+        np.testing.assert_array_equal(blocks, other.heads[name], name)
 
 
 class _Asked(Exception):
@@ -65,39 +73,44 @@ def test_weighing_finds_what_fitting_finds(name, tmp_path, monkeypatch):
     with GgufFile.open(path) as source:
         alone = _found(source, windows, tmp_path)
         weighed = weigh(source, weighing_part(windows), half=False)
-        np.testing.assert_array_equal(weighed.curvature, alone)
-        monkeypatch.setattr(EmbeddingPass, "run", _refuse)
-        np.testing.assert_array_equal(_found(source, windows, tmp_path), alone)
+        _same(weighed.curvatures, alone)
+        monkeypatch.setattr(CurvaturePass, "run", _refuse)
+        _same(_found(source, windows, tmp_path), alone)
         with pytest.raises(_Asked):
             _found(source, windows[:30], tmp_path)
 
 
-@pytest.mark.parametrize("kept", [b"", b"no array", "pickled", "another shape", "another type", "huge"])
+HOSTILE = {
+    "another shape": lambda arrays: arrays | {"token_embd.weight": arrays["token_embd.weight"][1:]},
+    "another type": lambda arrays: {name: one.astype("f4") for name, one in arrays.items()},
+    "no embedding": lambda arrays: {name: one for name, one in arrays.items() if name != "token_embd.weight"},
+    "other heads": lambda arrays: arrays | {"blk.0.attn_q.weight": np.ones((3, 5, 5))},
+    "no blocks": lambda arrays: arrays | {"blk.0.attn_q.weight": np.ones((5, 5))},
+    "an unknown tensor": lambda arrays: arrays | {"blk.0.what.weight": np.ones((1, 5, 5))},
+    "no numbers": lambda arrays: arrays | {"token_embd.weight": arrays["token_embd.weight"] * np.nan},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [b"", b"no array", b"\xff" * 100, (1 << 60).to_bytes(8, "little") + b"{}", *HOSTILE])
 def test_what_was_kept_and_is_no_curvature_is_found_again(kept, tmp_path, cache):
     path, windows = _opened("llama", tmp_path, 12)
     with GgufFile.open(path) as source:
         found = _found(source, windows, tmp_path)
-        [file] = (cache / "sensitivity").glob("*.npy")
-        if isinstance(kept, bytes):
-            file.write_bytes(kept)
-        elif kept == "huge":
-            with file.open("wb") as out:
-                np.lib.format.write_array_header_1_0(out, {"descr": "<f8", "fortran_order": False, "shape": (1 << 50,)})
-        else:
-            hostile = {
-                "pickled": np.array([print], object), "another shape": found[1:], "another type": found.astype("f4"),
-            }  # fmt: skip
-            np.save(file, hostile[kept], allow_pickle=True)
-        np.testing.assert_array_equal(_found(source, windows, tmp_path), found)
-        np.testing.assert_array_equal(np.load(file), found)
+        assert found.heads.keys() == {f"blk.{layer}.attn_{one}.weight" for layer in range(3) for one in "qk"}
+        [file] = (cache / "sensitivity").iterdir()
+        before = file.read_bytes()
+        file.write_bytes(kept if isinstance(kept, bytes) else save(HOSTILE[kept](load(before))))
+        _same(_found(source, windows, tmp_path), found)
+        assert file.read_bytes() == before
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, cache):
     path, windows = _opened("llama", tmp_path, 12)
     cache.write_text("a file where the folder belongs")
     with GgufFile.open(path) as source:
-        assert np.isfinite(_found(source, windows, tmp_path)).all()
-        keep_curvature(source, windows, False, np.zeros((2, 2)))
+        found = _found(source, windows, tmp_path)
+        assert np.isfinite(found.embedding).all()
+        keep_curvatures(source, windows, False, found)
 
 
 def test_feedback_is_expected_to_leave_less_of_what_the_embedding_loses(tmp_path):
@@ -110,13 +123,13 @@ def test_feedback_is_expected_to_leave_less_of_what_the_embedding_loses(tmp_path
 def test_a_recipe_takes_gradients_once(tmp_path, monkeypatch):
     path, windows = _opened("llama", tmp_path, 36)
     monkeypatch.setattr(Job, "windows", lambda *_: windows)  # tiny models have no tokenizer
-    monkeypatch.setattr(EmbeddingPass, "run", _refuse)
+    monkeypatch.setattr(CurvaturePass, "run", _refuse)
     made = CliRunner().invoke(app, ["recipe", str(path), "--bpw", "5.5", "--out", str(tmp_path / "out")])
     assert made.exit_code == 0, made.output
 
 
 def test_gradients_are_foreseen_until_they_are_kept(tmp_path, monkeypatch):
-    """Of files whose embedding is quantized; others need none."""
+    """Of files whose embedding or heads of attention are quantized; others need none."""
     path, windows = _opened("llama", tmp_path, 36)
     monkeypatch.setattr(preflight, "ASSUMED_FLOPS", 1e6)
 
@@ -134,7 +147,8 @@ def test_gradients_are_foreseen_until_they_are_kept(tmp_path, monkeypatch):
 
     with GgufFile.open(path) as source:
         kinds = {info.name: "Q4_0" if is_quantizable(info) else info.qtype for info in source.model.tensors}
-        plain = kinds | {"token_embd.weight": source.info("token_embd.weight").qtype}
+        same = [name for name in kinds if name.endswith(("attn_q.weight", "attn_k.weight", "token_embd.weight"))]
+        plain = kinds | {name: source.info(name).qtype for name in same}
         whole, layers = fitting(source, kinds), fitting(source, plain)
         assert whole > 1.3 * layers
         _found(source, windows, tmp_path, half=wants_half_products(None, "cpu"))
@@ -156,10 +170,11 @@ def test_the_embedding_is_fitted_under_what_its_errors_cost(name, tmp_path, monk
             wrong = (dequantize(data, "Q4_0") - original).astype(np.float64)
             return np.einsum("rk,kl,rl->", wrong, steep, wrong)
 
-        monkeypatch.setattr(feedback, "kept_curvature", lambda *_, **__: steep)
+        monkeypatch.setattr(feedback, "kept_curvatures", lambda *_, **__: Curvatures(steep, {}))
         fitted = write_with_feedback(source, recipe, tmp_path / "out", windows)
-        monkeypatch.setattr(feedback, "kept_curvature", _refuse)  # where the embedding stays as it is
-        kept = kinds | {"token_embd.weight": source.info("token_embd.weight").qtype}
+        monkeypatch.setattr(feedback, "kept_curvatures", _refuse)  # where the embedding stays as it is
+        same = [name for name in kinds if name.endswith(("attn_q.weight", "attn_k.weight", "token_embd.weight"))]
+        kept = kinds | {name: source.info(name).qtype for name in same}
         write_with_feedback(source, Recipe("kept", "llama", kept, 0, math.nan, None), tmp_path / "out", windows)
     with GgufFile.open(fitted.file.path) as file:
         assert cost(file.raw("token_embd.weight")) < 0.3 * cost(quantize(original, "Q4_0"))

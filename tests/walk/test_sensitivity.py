@@ -16,7 +16,14 @@ from bitladder.stages.imatrix import importance_matrix
 from bitladder.stages.sensitivity import sensitivity_table, weigh
 from bitladder.walk import sensitivity
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.sensitivity import EmbeddingPass, EmbeddingSensitivity, SensitivityPass, embedding_curvature
+from bitladder.walk.sensitivity import (
+    CurvaturePass,
+    EmbeddingSensitivity,
+    HeadCurvature,
+    Sensitivity,
+    SensitivityPass,
+    embedding_curvature,
+)
 from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights
 
@@ -113,18 +120,43 @@ def test_errors_of_the_embedding_along_one_line_cost_what_its_curvature_says(nam
 
 
 @pytest.mark.parametrize("name", ["llama with biases", "gemma2"])
-def test_gradients_for_the_embedding_alone_are_the_same(name, tmp_path):
+def test_gradients_for_curvatures_alone_are_the_same(name, tmp_path):
     source, windows = _opened(name, tmp_path)
     with source:
         weights = FileWeights(source)
         model, batches = LayeredModel(source.model, weights), batches_of(windows)
         found = {}
-        for kind in (SensitivityPass, EmbeddingPass):
+        for kind in (SensitivityPass, CurvaturePass):
             own = found[kind] = []
             kind(model, weights, batches, state_bytes=1 << 30).run(own.append, silent)
-    [head, embedding] = found[EmbeddingPass]
+    [head, *blocks, embedding] = found[CurvaturePass]
     np.testing.assert_array_equal(head.rows, found[SensitivityPass][0].rows)
     np.testing.assert_array_equal(embedding.curvature, found[SensitivityPass][-1].curvature)
+    others = [one for one in found[SensitivityPass] if isinstance(one, HeadCurvature)]
+    assert [one.name for one in blocks] == [one.name for one in others]
+    for one, other in zip(blocks, others, strict=True):
+        np.testing.assert_array_equal(one.blocks, other.blocks)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gemma2", "mixtral", "glm4"])
+def test_heads_are_weighed_in_the_order_of_their_rows(name, tmp_path):
+    """A head's curvature has the rows of the tensor, as a number per row has them, whatever order a layer has."""
+    source, windows = _opened(name, tmp_path)
+    with source:
+        weights = FileWeights(source)
+        model = LayeredModel(source.model, weights)
+        found = []
+        batches = batches_of(windows)
+        SensitivityPass(model, weights, batches, state_bytes=1 << 30).run(found.append, silent)
+    heads = {one.name: one.blocks for one in found if isinstance(one, HeadCurvature)}
+    rows = {one.name: one.rows[0] for one in found if isinstance(one, Sensitivity)}
+    fused = not any(one.endswith("attn_q.weight") for one in rows)
+    assert bool(heads) != fused
+    for tensor, blocks in heads.items():
+        own = np.log(blocks.diagonal(axis1=1, axis2=2).reshape(-1))
+        assert len(blocks) == (source.model.dims.n_head if "attn_q" in tensor else source.model.dims.n_head_kv)
+        assert np.corrcoef(own, np.log(rows[tensor]))[0, 1] > 0.9, tensor
+        np.linalg.cholesky(blocks)
 
 
 def test_slices_of_the_vocabulary_change_nothing(tmp_path, monkeypatch):

@@ -29,10 +29,13 @@ from bitladder.kernels.refine import refine
 from bitladder.kernels.rows import Effort
 
 U8 = npt.NDArray[np.uint8]
+F64 = npt.NDArray[np.float64]
 T = TypeVar("T")
 
-REVISION = "6"
+REVISION = "7"
 """Raised whenever the bytes of fitted files change for another reason than the kernels' own revision."""
+_STEPS = 8
+"""In how many turns a head's rows are chosen."""
 _CHUNKS = (256, 128, 64, 32)
 _SWEEPS: dict[Effort, int] = {"fast": 0, "good": 2, "best": 8}
 """How often codes and scales are improved in turns: half of what they can gain comes from two (docs/log.md)."""
@@ -103,6 +106,76 @@ def quantize_with_feedback(
     worse = cost > plain_cost
     fed[worse] = plain[worse]
     return Blocks(fed, float(np.minimum(cost, plain_cost).sum()), float(plain_cost.sum()))
+
+
+def quantize_heads(
+    weights: F32,
+    qtype: str,
+    factor: gptq.Factor,
+    *,
+    curvature: F64,
+    hessian: F32,
+    importance: F32,
+    effort: Effort = "good",
+    threads: int = 1,
+    device: str = "cpu",
+) -> Blocks:
+    """The same where errors of a head's rows cost more or less together: rows are chosen some at a time, those that
+    cost most first, and what earlier rows of a head are off moves the targets of its later ones, as feedback does with
+    columns (the two-sided rounding of YAQA, arXiv:2505.22988).
+
+    Args:
+        curvature: f64[heads, d, d], positive definite: of d rows each, one head after the other. The cost of errors D
+            of a head's rows is ``tr(C D H D^T)``.
+        weights, qtype, factor, hessian, importance, effort, threads, device: as ``quantize_with_feedback``.
+
+    ``cost`` and ``plain_cost`` are against the targets that rows had when their turn came.
+    """
+    heads, size, _ = curvature.shape
+    columns = weights.shape[1]
+    order = np.argsort(-curvature.diagonal(axis1=1, axis2=2), axis=1, kind="stable")
+    by_head = weights.reshape(heads, size, columns)
+    wrong = np.zeros(by_head.shape, np.float32)
+    data: U8 | None = None
+    cost = plain_cost = 0.0
+    for step in np.array_split(np.arange(size), min(size, _STEPS)):
+        targets = np.stack([_target(*each, step) for each in zip(by_head, wrong, curvature, order, strict=True)])
+        blocks = quantize_with_feedback(
+            targets.reshape(-1, columns), qtype, factor, hessian=hessian, importance=importance, effort=effort,
+            threads=threads, device=device,
+        )  # fmt: skip
+        if data is None:
+            data = np.empty((heads, size, blocks.data.shape[1]), np.uint8)
+        decoded = dequantize(blocks.data, qtype, threads=threads).reshape(heads, len(step), columns)
+        for head, rows in enumerate(order[:, step]):
+            data[head, rows] = blocks.data.reshape(heads, len(step), -1)[head]
+            wrong[head, rows] = decoded[head] - by_head[head, rows]
+        cost, plain_cost = cost + blocks.cost, plain_cost + blocks.plain_cost
+    assert data is not None
+    return Blocks(data.reshape(heads * size, -1), cost, plain_cost)
+
+
+def _target(weights: F32, wrong: F32, curvature: F64, order: npt.NDArray[np.intp], step: npt.NDArray[np.intp]) -> F32:
+    """What the rows ``order[step]`` of a head are to be, the errors of those before them being known."""
+    rows, done = order[step], order[: step[0]]
+    if not len(done):
+        return weights[rows]
+    moved = np.linalg.solve(curvature[np.ix_(rows, rows)], curvature[np.ix_(rows, done)]).astype(np.float32)
+    return weights[rows] - moved @ wrong[done]
+
+
+def share_left(curvature: F64) -> float:
+    """What ``quantize_heads`` leaves of the cost of errors that rows have independently of one another."""
+    left = 0.0
+    for own in curvature:
+        order = np.argsort(-own.diagonal(), kind="stable")
+        total = np.eye(len(own))  # errors of all rows, by the errors that each makes itself
+        for step in np.array_split(np.arange(len(own)), min(len(own), _STEPS)):
+            rows, done = order[step], order[: step[0]]
+            if len(done):
+                total[rows] -= np.linalg.solve(own[np.ix_(rows, rows)], own[np.ix_(rows, done)] @ total[done])
+        left += float(np.einsum("ik,ij,jk->", total, own, total))
+    return left / float(curvature.diagonal(axis1=1, axis2=2).sum())
 
 
 def _fed(

@@ -52,7 +52,7 @@ from bitladder.records.coverage import coverage, coverage_of_counts
 from bitladder.records.reading import from_json
 from bitladder.records.recipe import Tuning
 from bitladder.report.recipe import tuning_line
-from bitladder.stages.curvature import curvature_seconds, kept_curvature
+from bitladder.stages.curvature import curvature_seconds, kept_curvatures
 from bitladder.stages.forecast import largest_layer, with_tuning
 from bitladder.stages.model_route import route_of
 from bitladder.stages.tuning import Tuner
@@ -255,10 +255,10 @@ class Calibration:
     def _curvature(self, progress: Progress) -> NDArray[np.float64]:
         """What codes of the embedding are fitted under."""
         walk, settings = self._walk, self._settings
-        return kept_curvature(
+        return kept_curvatures(
             self.source, walk.model, walk.weights, self.reading.windows, half=settings.half_products,
             state_bytes=settings.state_bytes, spill=self._everywhere()[0].partial, progress=progress,
-        )  # fmt: skip
+        ).embedding  # fmt: skip
 
     def _numbers(self, level: CheckpointLevel) -> int:
         """How many numbers of a level can move, at most."""

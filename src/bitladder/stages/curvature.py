@@ -1,4 +1,5 @@
-"""What errors of the embedding cost where it is looked up: the Hessian that its codes are fitted under.
+"""What errors cost together, beyond a number for each row: of the embedding where it is looked up, and of the rows of
+each head of queries and keys. Codes are fitted under it.
 
 It takes gradients of a few thousand tokens. Weighing a model for recipes has them at hand and keeps what they say; who
 fits a level without that finds it here, by the same arithmetic.
@@ -11,25 +12,26 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from bitladder import __version__
 from bitladder.describe.windows import Window, tokens_hash, weighing_part
 from bitladder.errors import OutputError
-from bitladder.files.folders import cache_folder
+from bitladder.files.atomic import write_whole
+from bitladder.files.folders import cache_folder, cache_key
 from bitladder.files.gguf import GgufFile
-from bitladder.files.kept_array import KeptArray
+from bitladder.formats.roles import EMBEDDING
+from bitladder.kernels.feedback import REVISION
 from bitladder.plan.preflight import WALK_START_S
 from bitladder.progress import Progress
 from bitladder.stages.forecast import PASSES, walking_need
 from bitladder.walk.layers import LayeredModel
-from bitladder.walk.sensitivity import curvature_of
+from bitladder.walk.sensitivity import Curvatures, curvatures_of
 from bitladder.walk.weights import FileWeights
 
-F64 = NDArray[np.float64]
 
-
-def kept_curvature(
+def kept_curvatures(
     source: GgufFile,
     model: LayeredModel,
     weights: FileWeights,
@@ -39,8 +41,8 @@ def kept_curvature(
     state_bytes: int,
     spill: Path,
     progress: Progress,
-) -> F64:
-    """``walk.sensitivity.curvature_of`` f64[n_embd, n_embd], from a part of the windows; kept between runs.
+) -> Curvatures:
+    """``walk.sensitivity.curvatures_of``, from a part of the windows; kept between runs.
 
     Args:
         source: the model.
@@ -53,28 +55,44 @@ def kept_curvature(
         progress: told after each layer.
     """
     some = weighing_part(windows)
-    known, width = _kept(source, some, half).load(), source.model.dims.n_embd
-    if known is not None and known.shape == (width, width):
+    if (known := _read(_kept(source, some, half), source)) is not None:
         return known
-    own = curvature_of(model, weights, some, half=half, state_bytes=state_bytes, spill=spill, progress=progress)
-    keep_curvature(source, some, half, own)
+    own = curvatures_of(model, weights, some, half=half, state_bytes=state_bytes, spill=spill, progress=progress)
+    keep_curvatures(source, some, half, own)
     return own
 
 
 def curvature_seconds(source: GgufFile, windows: Sequence[Window], *, half: bool) -> float:
-    """How long ``kept_curvature`` will take, by formula; 0 where it is kept."""
+    """How long ``kept_curvatures`` will take, by formula; 0 where they are kept."""
     some = weighing_part(windows)
-    if not some or _kept(source, some, half).is_there():
+    if not some or _kept(source, some, half).exists():
         return 0.0
     return walking_need(source, some, PASSES).seconds - WALK_START_S  # within a job that counts its start itself
 
 
-def keep_curvature(source: GgufFile, windows: Sequence[Window], half: bool, curvature: F64) -> None:
+def keep_curvatures(source: GgufFile, windows: Sequence[Window], half: bool, curvatures: Curvatures) -> None:
     """Keep what gradients on these windows said; where that cannot be, it is found again."""
     with suppress(OutputError):
-        _kept(source, windows, half).save(curvature)
+        write_whole(_kept(source, windows, half), save({EMBEDDING: curvatures.embedding, **curvatures.heads}))
 
 
-def _kept(source: GgufFile, windows: Sequence[Window], half: bool) -> KeptArray:
-    key = ("embedding curvature", __version__, source.sha256, tokens_hash(windows), str(half))
-    return KeptArray(cache_folder("sensitivity"), *key)
+def _read(kept: Path, source: GgufFile) -> Curvatures | None:
+    """What is kept there, where it is what belongs there."""
+    try:
+        arrays = load_file(kept)
+    except (OSError, SafetensorError, ValueError, MemoryError):  # none, cut short, or not one of ours
+        return None
+    rows = {info.name: info.shape[-2] for info in source.model.tensors if len(info.shape) > 1}
+    width = source.model.dims.n_embd
+    embedding = arrays.pop(EMBEDDING, np.empty(0))
+    whole = embedding.shape == (width, width)
+    for name, blocks in arrays.items():
+        heads, size = blocks.shape[:2] if blocks.ndim == 3 else (0, 0)
+        whole &= blocks.shape == (heads, size, size) and heads * size == rows.get(name)
+    whole &= all(one.dtype == np.float64 and np.isfinite(one).all() for one in (embedding, *arrays.values()))
+    return Curvatures(embedding, arrays) if whole else None
+
+
+def _kept(source: GgufFile, windows: Sequence[Window], half: bool) -> Path:
+    key = cache_key("curvatures", __version__, REVISION, source.sha256, tokens_hash(windows), str(half))
+    return cache_folder("sensitivity", f"{key[:32]}.safetensors")

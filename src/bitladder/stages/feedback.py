@@ -38,7 +38,7 @@ from bitladder.progress import Part, Progress, silent
 from bitladder.records.calibration import LinearLoss
 from bitladder.records.level_file import LevelFile
 from bitladder.records.recipe import FittedLevel, Recipe, Tuning
-from bitladder.stages.curvature import kept_curvature
+from bitladder.stages.curvature import kept_curvatures
 from bitladder.stages.tuning import Tuner
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Spread, Stream, forward
@@ -53,6 +53,7 @@ from bitladder.walk.inputs import InputStatistics, Sums, statistics_of
 from bitladder.walk.keep import Keep
 from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.opened import layered
+from bitladder.walk.sensitivity import HEADS, Curvatures
 from bitladder.walk.spread import spread_over
 from bitladder.walk.states import Batch, States, batches_of, shard_count
 from bitladder.walk.tuning import TuneSettings
@@ -209,10 +210,11 @@ def _write(
     folder = part.path.with_name(part.path.name + ".partial.states")
     n_layer = job.model.n_layer
     try:
-        stream = _stream(job, out, part.path.parent, Keep(folder, fingerprint), state_bytes, spread)
+        curvatures = _curvatures(job, state_bytes, part.path.parent)
+        stream = _stream(job, out, part.path.parent, Keep(folder, fingerprint), state_bytes, spread, curvatures)
         forward([stream], Part(job.progress, 0, n_layer, n_layer + 1.0), "fitting ")
         for name in out.unfinished():
-            seen = _seen(job, name, stream.states_of(_LEVEL), state_bytes, part.path.parent)
+            seen = _seen(job, name, stream.states_of(_LEVEL), curvatures)
             job.progress("fitting what is outside the layers", n_layer + 0.5, n_layer + 1.0)
             out.put(name, _other(job, name, seen))
         tuning = _tuned(job, out, state_bytes, folder, fingerprint) if job.tuning else None
@@ -238,11 +240,24 @@ def _tuned(job: _Job, out: _Out, state_bytes: int, folder: Path, fingerprint: st
     return tuner.level(out, threads=job.settings.threads)
 
 
-def _stream(job: _Job, out: _Out, folder: Path, keep: Keep, state_bytes: int, spread: Spread | None) -> Stream:
+def _curvatures(job: _Job, state_bytes: int, spill: Path) -> Curvatures | None:
+    """What gradients say of errors, where something is fitted under it."""
+    if not takes_curvature(job.source, job.recipe):
+        return None
+    return kept_curvatures(
+        job.source, job.model, job.weights, job.windows, half=job.settings.half_products, state_bytes=state_bytes,
+        spill=spill, progress=Part(job.progress, 0.0, 0.5, job.model.n_layer + 1.0),
+    )  # fmt: skip
+
+
+def _stream(
+    job: _Job, out: _Out, folder: Path, keep: Keep, state_bytes: int, spread: Spread | None,
+    curvatures: Curvatures | None,
+) -> Stream:  # fmt: skip
     """The source, and the level behind it; of what either reads in a layer half of ``state_bytes`` stays in memory."""
     level = FedLevel(
         job.model, job.weights, job.recipe.qtypes, job.settings, job.batches, out.take, out.has,
-        budget_bytes=state_bytes // 2, spill=folder,
+        budget_bytes=state_bytes // 2, spill=folder, heads=curvatures.heads if curvatures else None,
     )  # fmt: skip
     return Stream(
         job.model, [Member(job.weights, [level.source_inputs]), level], job.batches,
@@ -333,26 +348,26 @@ def _other(job: _Job, name: str, seen: InputStatistics | None) -> Iterator[NDArr
             yield quantize(weights, qtype, effort=job.settings.effort, threads=job.settings.threads)
 
 
-def _seen(job: _Job, name: str, states: States, state_bytes: int, spill: Path) -> InputStatistics | None:
+def _seen(job: _Job, name: str, states: States, curvatures: Curvatures | None) -> InputStatistics | None:
     """Statistics that the codes of the output matrix or the embedding are fitted to; None of other tensors and of types
     without feedback."""
     model = job.model
     if name not in (model.output, EMBEDDING) or not _is_fitted(job.source, job.recipe, name):
         return None
     read = _at_the_head(job, states) if name == model.output else None
-    if name != EMBEDDING:
+    if name != EMBEDDING or curvatures is None:
         return read
     tokens = sum(len(window.tokens) for window in job.windows)
-    cost = tokens * kept_curvature(
-        job.source, model, job.weights, job.windows, half=job.settings.half_products, state_bytes=state_bytes,
-        spill=spill, progress=Part(job.progress, model.n_layer, model.n_layer + 0.5, model.n_layer + 1.0),
-    )  # fmt: skip
+    cost = tokens * curvatures.embedding
     return statistics_of(cost if read is None else cost + read.gram, tokens)
 
 
-def fits_embedding(source: GgufFile, recipe: Recipe) -> bool:
-    """Whether codes of the embedding will be chosen with error feedback."""
-    return _is_fitted(source, recipe, EMBEDDING)
+def takes_curvature(source: GgufFile, recipe: Recipe) -> bool:
+    """Whether codes will be fitted under what gradients say: of the embedding, or of heads of attention."""
+    return any(
+        (info.name == EMBEDDING or info.name.endswith(HEADS)) and _is_fitted(source, recipe, info.name)
+        for info in source.model.tensors
+    )
 
 
 def _is_fitted(source: GgufFile, recipe: Recipe, name: str) -> bool:

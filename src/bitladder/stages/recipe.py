@@ -301,7 +301,7 @@ def write_recipe(
     """
     from bitladder.plan.tuning import numbers_of_level
     from bitladder.stages.curvature import curvature_seconds
-    from bitladder.stages.feedback import fits_embedding, write_with_feedback
+    from bitladder.stages.feedback import takes_curvature, write_with_feedback
     from bitladder.walk.feedback import FeedbackSettings
     from bitladder.walk.products import half_for
 
@@ -310,7 +310,7 @@ def write_recipe(
     )
     need = walking_need(job.source, windows, (recipe.label,), kind="fit")
     seconds = need.seconds
-    if fits_embedding(job.source, recipe):
+    if takes_curvature(job.source, recipe):
         seconds += curvature_seconds(job.source, windows, half=settings.half_products)
     need = replace(
         need, what=f"fit {recipe.label} to {sum(len(window.tokens) for window in windows)} tokens",

@@ -88,6 +88,7 @@ class SchemeChoices:
     """``Choices`` of linear layers: those of some schemes that all matrices of a group can be stored as."""
 
     holds_out = True
+    by_head = False
 
     def __init__(self, tensors: Sequence[TensorInfo], linears: Linears, schemes: Sequence[str]) -> None:
         self._forms = {scheme: form_of(scheme) for scheme in schemes}

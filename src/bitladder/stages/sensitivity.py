@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,7 @@ from bitladder.formats.roles import EMBEDDING, OUTPUT
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import REVISION, dequantize, quantize
 from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
+from bitladder.kernels.feedback import share_left
 from bitladder.levels.methods import GPTQ, Prepared
 from bitladder.plan.calibration_text import LEAST_TOKENS
 from bitladder.progress import Progress, silent
@@ -38,7 +39,14 @@ from bitladder.walk.keep import Arrays, Keep
 from bitladder.walk.made import FEW_TOKENS, naming
 from bitladder.walk.opened import layered
 from bitladder.walk.products import wants_half_products
-from bitladder.walk.sensitivity import EmbeddingSensitivity, Sensitivity, SensitivityPass, embedding_curvature
+from bitladder.walk.sensitivity import (
+    Curvatures,
+    EmbeddingSensitivity,
+    HeadCurvature,
+    Sensitivity,
+    SensitivityPass,
+    embedding_curvature,
+)
 from bitladder.walk.states import batches_of
 from bitladder.walk.weights import FileWeights
 
@@ -103,6 +111,10 @@ class Choices(Protocol):
         """What tells tables over different choices apart; empty for the block types of GGUF files."""
 
     @property
+    def by_head(self) -> bool:
+        """Whether codes are chosen with what errors of a head's rows cost together."""
+
+    @property
     def holds_out(self) -> bool:
         """Whether ``fed`` is measured: on a half of the text that the other half's codes were not fitted to."""
 
@@ -127,6 +139,7 @@ class BlockTypes:
     """``Choices`` of GGUF recipes; ``low``: codebook types among them."""
 
     holds_out = False
+    by_head = True
 
     def __init__(self, *, low: bool = False) -> None:
         self._low, self.key = low, "codebooks" if low else ""
@@ -165,12 +178,12 @@ BLOCK_TYPES = BlockTypes()
 @dataclass(frozen=True)
 class Weighed:
     """Predicted losses, and the mean squares of each tensor's inputs as quantizers take them: f32[columns], or
-    f32[matrices, columns] for a stack. ``curvature``: the embedding's, if it was found
-    (``walk.sensitivity.embedding_curvature``); ``half``: whether passes multiplied in bfloat16."""
+    f32[matrices, columns] for a stack. ``curvatures``: if they were found, which are not those of a call that went on
+    from a killed one's gradients; ``half``: whether passes multiplied in bfloat16."""
 
     table: SensitivityTable
     importance: Mapping[str, F32]
-    curvature: F64 | None
+    curvatures: Curvatures | None
     half: bool
 
 
@@ -240,9 +253,10 @@ def weigh(
         held_out=apart,
     )
     passes.run(table.take, progress)
+    curvatures = None if table.curvature is None or table.resumed else Curvatures(table.curvature, table.heads)
     losses = {name: tuple(own.values()) for name, own in table.losses.items()}
     weighed = SensitivityTable(source.sha256, tokens_hash(windows), tokens, losses)
-    return Weighed(weighed, table.importance, table.curvature, half)
+    return Weighed(weighed, table.importance, curvatures, half)
 
 
 class _Table(Resumable):
@@ -256,9 +270,17 @@ class _Table(Resumable):
         self.importance: dict[str, F32] = {}
         self.curvature: F64 | None = None
         """Of the embedding; None where gradients went on from those of a killed call."""
+        self.heads: dict[str, F64] = {}
+        self._left: dict[str, float] = {}
+        """Of what tensors lose, once rows of a head make up for one another; first tokens lose what they did."""
+        self.resumed = False
 
-    def take(self, sensitivity: Sensitivity | EmbeddingSensitivity) -> None:
+    def take(self, sensitivity: Sensitivity | EmbeddingSensitivity | HeadCurvature) -> None:
         """Add one tensor's."""
+        if isinstance(sensitivity, HeadCurvature):
+            self.heads[sensitivity.name] = sensitivity.blocks
+            self._left[sensitivity.name] = sensitivity.first + (1 - sensitivity.first) * share_left(sensitivity.blocks)
+            return
         name = EMBEDDING if isinstance(sensitivity, EmbeddingSensitivity) else sensitivity.name
         if name not in self._tensors:
             return
@@ -268,6 +290,8 @@ class _Table(Resumable):
             if isinstance(sensitivity, EmbeddingSensitivity)
             else _of_matrix(info, self._weights, sensitivity, self._inputs, self._choices, self._threads)
         )
+        if isinstance(sensitivity, Sensitivity) and self._choices.by_head and name in self._left:
+            losses = {qtype: replace(one, fed=one.fed * self._left[name]) for qtype, one in losses.items()}
         if isinstance(sensitivity, Sensitivity):
             self.importance[name] = _importance(sensitivity)
             if name in (OUTPUT, EMBEDDING):
@@ -284,6 +308,7 @@ class _Table(Resumable):
 
     def resume(self, layers: int, arrays: Arrays) -> None:  # noqa: ARG002
         """As ``Resumable``."""
+        self.resumed = True
         self.importance = {name: array for name, array in arrays.items() if name != _LOSSES}
         losses = read_json(dict[str, tuple[TensorLoss, ...]], arrays[_LOSSES].tobytes())
         self.losses = {name: {one.qtype: one for one in own} for name, own in losses.items()}

@@ -133,7 +133,7 @@ def weighed_tensors(
     from bitladder.files.folders import cache_folder, cache_key
     from bitladder.kernels import REVISION
     from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
-    from bitladder.stages.curvature import keep_curvature
+    from bitladder.stages.curvature import keep_curvatures
     from bitladder.stages.sensitivity import weigh
 
     source, text, storage = job.source, job.text_key(calibration_texts(job, texts)), storage or GgufStorage(job)
@@ -150,8 +150,8 @@ def weighed_tensors(
             source, parts.weighing, threads=job.threads, device=job.device, keep=keep, progress=job.progress,
             choices=storage.choices,
         )  # fmt: skip
-    if weighed.curvature is not None:
-        keep_curvature(source, parts.weighing, weighed.half, weighed.curvature)
+    if weighed.curvatures is not None:
+        keep_curvatures(source, parts.weighing, weighed.half, weighed.curvatures)
     table = _checked(job, weighed, parts, storage)
     keep_table(kept, table)
     return table, kept

@@ -11,7 +11,8 @@ that make up by half for what the layers before them lost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from bitladder.errors import BadWeights
 from bitladder.formats.roles import Parameter, SharedInput, layer_tensor
 from bitladder.kernels import Effort, dequantize, gptq, quantize
-from bitladder.kernels.feedback import chunk_of, quantize_with_feedback, takes_feedback
+from bitladder.kernels.feedback import chunk_of, quantize_heads, quantize_with_feedback, takes_feedback
 from bitladder.levels.held import require_held
 from bitladder.walk.coding import Bench, Share
 from bitladder.walk.driver import Builder, Stream
@@ -37,6 +38,7 @@ from bitladder.walk.transforms import apply
 from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
 
@@ -109,19 +111,25 @@ def factor_of(name: str, seen: InputStatistics, settings: FeedbackSettings) -> t
 
 
 def fit_matrix(
-    qtype: str, weights: F32, seen: InputStatistics, factored: tuple[F32, gptq.Factor], settings: FeedbackSettings
+    qtype: str,
+    weights: F32,
+    seen: InputStatistics,
+    factored: tuple[F32, gptq.Factor],
+    settings: FeedbackSettings,
+    heads: F64 | None = None,
 ) -> Fitted:
-    """Blocks for f32[rows, columns] that meet inputs with the statistics ``seen``."""
+    """Blocks for f32[rows, columns] that meet inputs with the statistics ``seen``; ``heads``: what errors of their rows
+    cost together, by head (``kernels.feedback.quantize_heads``)."""
     hessian, factor = factored
     if len(seen.drift):
         weights = gptq.making_up(factor, weights, seen.drift)
-    energies = seen.squares.astype(np.float32)
-    blocks = quantize_with_feedback(
+    fit = quantize_with_feedback if heads is None else partial(quantize_heads, curvature=heads)
+    blocks = fit(
         weights,
         qtype,
         factor,
         hessian=hessian,
-        importance=energies,
+        importance=seen.squares.astype(np.float32),
         effort=settings.effort,
         threads=settings.threads,
         device=settings.device,
@@ -146,17 +154,18 @@ class FedLevel(Builder):
         *,
         budget_bytes: int,
         spill: Path | None = None,
+        heads: Mapping[str, F64] | None = None,
     ) -> None:
         """``qtypes``: what each tensor is stored as; those that keep the source's type are not touched. ``put`` takes a
         finished tensor, ``has`` says whether it did, in this run or an earlier one. ``budget_bytes``, ``spill``: as
-        ``SourceInputs``."""
+        ``SourceInputs``. ``heads``: by tensor, as ``fit_matrix`` takes it."""
         super().__init__(weights)
         self.model, self._weights, self._qtypes, self._settings = model, weights, qtypes, settings
         self.source_inputs = SourceInputs(
             model, lambda layer, shared: bool(self._changed(layer, shared.roles)), batches,
             budget_bytes=budget_bytes, spill=spill,
         )  # fmt: skip
-        self._put, self._has = put, has
+        self._put, self._has, self._heads = put, has, heads or {}
 
     def holds(self, layers: int) -> bool:
         """As ``Resumable``."""
@@ -180,7 +189,8 @@ class FedLevel(Builder):
             names = self._changed(layer, shared.roles)
             if not names:
                 continue
-            coder = FedCoder(layer, shared, tuple((name, self._qtypes[name]) for name in names), self._settings)
+            heads = {name: self._heads[name] for name in names if name in self._heads}
+            coder = FedCoder(layer, shared, tuple((name, self._qtypes[name]) for name in names), self._settings, heads)
             found: dict[str, list[Fitted]] = {name: [] for name in names}
             for answer in through.code(coder, self.source_inputs.pop(shared)):
                 for name, fitted in answer.items():
@@ -219,6 +229,8 @@ class FedCoder:
     tensors: tuple[tuple[str, str], ...]
     """Names and types."""
     settings: FeedbackSettings
+    heads: Mapping[str, F64] = field(default_factory=dict)
+    """By tensor, as ``fit_matrix`` takes it."""
     reads_peak: ClassVar[bool] = False
     piecewise: ClassVar[bool] = False
 
@@ -246,7 +258,7 @@ class FedCoder:
             for name, qtype in own:
                 columns = bench.model.columns(self.layer, name.split(".", 2)[2])
                 for weights in _matrices(bench, name, expert):
-                    found[name].append(fitting.fit(name, qtype, weights, columns))
+                    found[name].append(fitting.fit(name, qtype, weights, columns, self.heads.get(name)))
         return found, {name: np.concatenate([one.data for one in fitted]) for name, fitted in found.items()}
 
     def paths(self, model: LayeredModel) -> list[str]:
@@ -294,8 +306,9 @@ class _Fitting:
         self._seen, self._settings = seen, settings
         self._factored: tuple[F32, gptq.Factor] | None = None
 
-    def fit(self, name: str, qtype: str, weights: F32, columns: NDArray[np.int64] | None) -> Fitted:
-        """Blocks of f32[rows, columns]; ``columns``: where the tensor has each channel, if elsewhere."""
+    def fit(self, name: str, qtype: str, weights: F32, columns: NDArray[np.int64] | None, heads: F64 | None) -> Fitted:
+        """Blocks of f32[rows, columns]; ``columns``: where the tensor has each channel, if elsewhere; ``heads``: as
+        ``fit_matrix``."""
         require_held(weights, [qtype], name)
         seen, settings = self._seen, self._settings
         if seen.tokens < FEW_TOKENS or not takes_feedback(qtype):
@@ -304,7 +317,7 @@ class _Fitting:
             return Fitted(data, note=note, tokens=seen.tokens)
         if columns is not None:
             seen = seen.moved(columns)
-            return fit_matrix(qtype, weights, seen, factor_of(name, seen, settings), settings)
+            return fit_matrix(qtype, weights, seen, factor_of(name, seen, settings), settings, heads)
         if self._factored is None:
             self._factored = factor_of(name, seen, settings)
-        return fit_matrix(qtype, weights, seen, self._factored, settings)
+        return fit_matrix(qtype, weights, seen, self._factored, settings, heads)

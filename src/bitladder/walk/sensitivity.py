@@ -17,9 +17,10 @@ outgrow memory, and gradients travel back through one layer of weights at a time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -48,6 +49,10 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 _SLICE = 8192
+HEADS = ("attn_q.weight", "attn_k.weight")
+"""Tensors whose errors are weighed by head."""
+_DAMP = 0.01
+"""Of the mean diagonal, added to what errors of a head's rows cost together."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,31 @@ class EmbeddingSensitivity:
     curvature: F64
 
 
+@dataclass(frozen=True)
+class HeadCurvature:
+    """What errors of the rows of each head of queries or keys cost together.
+
+    ``blocks`` f64[heads, d, d]: the mean of ``g g^T`` with g the gradients at what d rows write, shrunk towards its
+    diagonal (``gptq.shrink``) and damped. Attention looks at few directions of a head, so errors of its rows that
+    cancel there cost little. The first token of a window is left out: attention sinks to it, its gradients are larger
+    than all others together, and the one vector that it is says nothing of other inputs.
+    """
+
+    name: str
+    blocks: F64
+    first: float
+    """The share of squared gradients that those first tokens have."""
+
+
+@dataclass(frozen=True)
+class Curvatures:
+    """What gradients say of errors beyond a number per row: of the embedding (``embedding_curvature``), and of the
+    heads of queries and keys by tensor (``HeadCurvature.blocks``)."""
+
+    embedding: F64
+    heads: Mapping[str, F64]
+
+
 def embedding_curvature(head: Sensitivity, embedding: EmbeddingSensitivity) -> F64:
     """The Hessian f64[n_embd, n_embd] that codes of the embedding are fitted under, in the place of the mean of
     ``x x^T`` of other matrices; where it is the output matrix, too, what is added to that of its inputs.
@@ -93,24 +123,29 @@ def embedding_curvature(head: Sensitivity, embedding: EmbeddingSensitivity) -> F
     return embedding.curvature / (float(head.rows.sum()) / head.predictions)
 
 
-class _Embedding(Builder):
-    """Gradients go back through a layer, and nothing is asked of it."""
+Take = Callable[[Sensitivity | EmbeddingSensitivity | HeadCurvature], None]
 
-    def __init__(self, model: LayeredModel, weights: LevelWeights, there: Stream) -> None:
+
+class _Back(Builder):
+    """Gradients go back through a layer, and of it heads alone are asked."""
+
+    def __init__(self, model: LayeredModel, weights: LevelWeights, there: Stream, take: Take) -> None:
         super().__init__(weights)
-        self.model, self._there = model, there
+        self.model, self._there, self._take = model, there, take
 
     def build(self, stream: Stream, layer: int, states: States) -> None:
         """As ``Builder``."""
         block = self.load(self.model, layer)
         entered = self._there.entered.pop()
+        shards = []
         for shard in stream.shards:
-            for batch in shard:
-                send_back(self.model, block, layer, batch, entered, states, half=stream.half)
+            heads = _Heads(self.model, layer, block)
+            with heads.on(block):
+                for batch in shard:
+                    send_back(self.model, block, layer, batch, entered, states, half=stream.half)
+            shards.append(heads)
         self._there.shelf.give_back(entered)
-
-
-Take = Callable[[Sensitivity | EmbeddingSensitivity], None]
+        _summed_heads(shards, self._take)
 
 
 class _Slice(NamedTuple):
@@ -275,14 +310,14 @@ class SensitivityPass:
         return EmbeddingSensitivity(tokens, counts, weights, self.predictions, curvature)
 
 
-class EmbeddingPass(SensitivityPass):
-    """The same for the head and the embedding alone."""
+class CurvaturePass(SensitivityPass):
+    """The same for the output matrix, the embedding and the heads of attention alone."""
 
-    def _gradients(self, there: Stream, take: Take) -> Builder:  # noqa: ARG002
-        return _Embedding(self.model, self._weights, there)
+    def _gradients(self, there: Stream, take: Take) -> Builder:
+        return _Back(self.model, self._weights, there, take)
 
 
-def curvature_of(
+def curvatures_of(
     model: LayeredModel,
     weights: LevelWeights,
     windows: Sequence[Window],
@@ -291,15 +326,16 @@ def curvature_of(
     spill: Path,
     half: bool,
     progress: Progress,
-) -> F64:
-    """``embedding_curvature`` from gradients on windows; arguments as of ``SensitivityPass``."""
-    found: list[Sensitivity | EmbeddingSensitivity] = []
-    passes = EmbeddingPass(model, weights, batches_of(windows), state_bytes=state_bytes, spill=spill, half=half)
+) -> Curvatures:
+    """Curvatures from gradients on windows; arguments as of ``SensitivityPass``."""
+    found: list[Sensitivity | EmbeddingSensitivity | HeadCurvature] = []
+    passes = CurvaturePass(model, weights, batches_of(windows), state_bytes=state_bytes, spill=spill, half=half)
     passes.run(found.append, progress)
-    head, embedding = found
+    head, *heads, embedding = found
     assert isinstance(head, Sensitivity)
     assert isinstance(embedding, EmbeddingSensitivity)
-    return embedding_curvature(head, embedding)
+    blocks = {one.name: one.blocks for one in heads if isinstance(one, HeadCurvature)}
+    return Curvatures(embedding_curvature(head, embedding), blocks)
 
 
 def predictions_of(batches: Sequence[Batch]) -> int:
@@ -341,13 +377,14 @@ class Gradients(Builder):
         block = self.load(self.model, layer)
         entered = self._there.entered.pop()
         shards = [self._shard(stream, shard, layer, block, entered, states) for shard in stream.shards]
-        watch, energies = self._summed(shards)
+        watch, energies = self._summed([(one, squares) for one, squares, _ in shards])
+        _summed_heads([heads for *_, heads in shards], self._take)
         self._there.shelf.give_back(entered)
         held, predictions = set(self.model.layer_names(layer)), predictions_of(stream.batches)
         for shared, statistics in watch.results(layer).items():
             seen = tuple(statistics)
             for parameter in self.model.kind(layer).parameters:
-                for role, rows in self._by_role(block, parameter, energies, len(seen)):
+                for role, rows in _by_role(self.model, block, parameter, energies, len(seen)):
                     if role in shared.roles and layer_tensor(layer, role) in held:
                         columns = self.model.columns(layer, role)
                         own = seen if columns is None else tuple(one.moved(columns) for one in seen)
@@ -355,48 +392,20 @@ class Gradients(Builder):
 
     def _shard(
         self, stream: Stream, shard: Sequence[Batch], layer: int, block: nn.Module, entered: States, gradients: States
-    ) -> tuple[InputWatch, _Energies]:
+    ) -> tuple[InputWatch, _Energies, _Heads]:
         """Gram matrices of what is read, sums of squared gradients of what is written, over a shard."""
         watch = InputWatch(self.model.inputs(layer, block), self._wants, half=stream.half)
-        energies = _Energies(self.model, layer, block)
+        energies, heads = _Energies(self.model, layer, block), _Heads(self.model, layer, block)
         for batch in shard:
-            with watch.on(block, batch), energies.on(block):
+            with watch.on(block, batch), energies.on(block), heads.on(block):
                 send_back(self.model, block, layer, batch, entered, gradients, half=stream.half)
-        return watch, energies
+        return watch, energies, heads
 
     def _summed(self, shards: Sequence[tuple[InputWatch, _Energies]]) -> tuple[InputWatch, dict[str, torch.Tensor]]:
         first = shards[0][1]
         for _, later in shards[1:]:
             first.merge(later)
         return merged([watch for watch, _ in shards]), first.sums
-
-    def _by_role(
-        self, block: nn.Module, parameter: Parameter, energies: dict[str, torch.Tensor], matrices: int
-    ) -> Iterator[tuple[str, F64]]:
-        """Row weights f64[matrices, rows] of each GGUF tensor that a parameter is made of."""
-        module, _, leaf = parameter.path.rpartition(".")
-        if leaf == "bias" or module not in energies or tensor_at(block, parameter.path).ndim < 2:
-            return
-        whole = energies[module].cpu().numpy()
-        if leaf != "weight":  # fused experts: only what all of them wrote together has a gradient of its own
-            rows = tensor_at(block, parameter.path).shape[-2] // len(parameter.roles)
-            for part, role in enumerate(parameter.roles):
-                if not isinstance(parameter.transform, str):
-                    rows = parameter.transform.shape_of(part)[-2]
-                each = whole if len(whole) == rows else np.full(rows, whole.mean())
-                yield role, np.tile(each, (matrices, 1))
-            return
-        if not isinstance(parameter.transform, str):
-            for part, role in enumerate(parameter.roles):
-                if (own := parameter.transform.per_row(part, whole)) is not None:
-                    shape = parameter.transform.shape_of(part)
-                    yield role, own.reshape(-1, shape[-2]) if len(shape) > 2 else np.tile(own, (matrices, 1))
-            return
-        if parameter.transform == "unpermute":
-            heads = self.model.model.dims.n_head if "q_proj" in module else self.model.model.dims.n_head_kv
-            whole = permute(whole.astype(np.float32), heads).astype(np.float64)
-        for role, share in zip(parameter.roles, np.split(whole, len(parameter.roles)), strict=True):
-            yield role, np.tile(share, (matrices, 1))
 
 
 class _Energies:
@@ -426,9 +435,99 @@ class _Energies:
             squares = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(0)
             self.sums[name] = self.sums.get(name, 0) + squares
 
-        def seen(_: nn.Module, __: Any, out: Any) -> None:
-            written = out if isinstance(out, torch.Tensor) else out[0]
-            if written.requires_grad:  # what only chooses places to look at (GLM-5's indexer) has no gradient
-                written.register_hook(arrived)
+        return _on_gradient(arrived)
 
-        return seen
+
+def _on_gradient(arrived: Callable[[torch.Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:
+    """A module's hook that hands over the gradients at what it writes."""
+
+    def seen(_: nn.Module, __: Any, out: Any) -> None:
+        written = out if isinstance(out, torch.Tensor) else out[0]
+        if written.requires_grad:  # what only chooses places to look at (GLM-5's indexer) has no gradient
+            written.register_hook(arrived)
+
+    return seen
+
+
+def _by_role(
+    model: LayeredModel, block: nn.Module, parameter: Parameter, energies: Mapping[str, torch.Tensor], matrices: int
+) -> Iterator[tuple[str, F64]]:
+    """Row weights f64[matrices, rows] of each GGUF tensor that a parameter is made of."""
+    module, _, leaf = parameter.path.rpartition(".")
+    if leaf == "bias" or module not in energies or tensor_at(block, parameter.path).ndim < 2:
+        return
+    whole = energies[module].cpu().numpy()
+    if leaf != "weight":  # fused experts: only what all of them wrote together has a gradient of its own
+        rows = tensor_at(block, parameter.path).shape[-2] // len(parameter.roles)
+        for part, role in enumerate(parameter.roles):
+            if not isinstance(parameter.transform, str):
+                rows = parameter.transform.shape_of(part)[-2]
+            each = whole if len(whole) == rows else np.full(rows, whole.mean())
+            yield role, np.tile(each, (matrices, 1))
+        return
+    if not isinstance(parameter.transform, str):
+        for part, role in enumerate(parameter.roles):
+            if (own := parameter.transform.per_row(part, whole)) is not None:
+                shape = parameter.transform.shape_of(part)
+                yield role, own.reshape(-1, shape[-2]) if len(shape) > 2 else np.tile(own, (matrices, 1))
+        return
+    if parameter.transform == "unpermute":
+        heads = model.model.dims.n_head if "q_proj" in module else model.model.dims.n_head_kv
+        whole = permute(whole.astype(np.float32), heads).astype(np.float64)
+    for role, share in zip(parameter.roles, np.split(whole, len(parameter.roles)), strict=True):
+        yield role, np.tile(share, (matrices, 1))
+
+
+class _Heads:
+    """Sums of ``g g^T`` f64[heads, d, d] at what queries and keys write, by tensor, rows as the tensor has them."""
+
+    def __init__(self, model: LayeredModel, layer: int, block: nn.Module) -> None:
+        dims, held = model.model.dims, set(model.layer_names(layer))
+        self._rows: dict[str, list[tuple[str, torch.Tensor]]] = {}
+        self.sums: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        self.first: dict[str, float] = {}
+        present = {name for name, _ in block.named_modules()}
+        for parameter in model.kind(layer).parameters:
+            module, _, leaf = parameter.path.rpartition(".")
+            if not set(parameter.roles) & set(HEADS) or leaf != "weight" or module not in present:
+                continue
+            count = tensor_at(block, parameter.path).shape[-1 if parameter.turned else 0]
+            places = {module: torch.arange(count, dtype=torch.float64)}
+            for role, rows in _by_role(model, block, parameter, places, 1):
+                heads = {"attn_q.weight": dims.n_head, "attn_k.weight": dims.n_head_kv}.get(role, 0)
+                name = layer_tensor(layer, role)
+                if name in held and heads and rows.shape[1] % heads == 0:
+                    own = torch.from_numpy(rows[0].astype(np.int64)).reshape(heads, -1)
+                    self._rows.setdefault(module, []).append((name, own))
+
+    def on(self, block: nn.Module) -> ExitStack:
+        """Hooks for batches."""
+        hooks = ExitStack()
+        for module, rows in self._rows.items():
+            seen = _on_gradient(partial(self._add, rows))
+            hooks.callback(block.get_submodule(module).register_forward_hook(seen).remove)
+        return hooks
+
+    def _add(self, rows: Sequence[tuple[str, torch.Tensor]], gradient: torch.Tensor) -> None:
+        later = gradient[:, 1:].reshape(-1, gradient.shape[-1]).double()
+        first = gradient[:, 0].double().square().sum(0)
+        for name, places in rows:
+            self.first[name] = self.first.get(name, 0) + float(first[places.to(first.device)].sum())
+            each = later[:, places.to(later.device).reshape(-1)].reshape(len(later), *places.shape).transpose(0, 1)
+            self.sums[name] = self.sums.get(name, 0) + each.transpose(1, 2) @ each
+            self.tokens[name] = self.tokens.get(name, 0) + len(later)
+
+
+def _summed_heads(shards: Sequence[_Heads], take: Take) -> None:
+    """The curvatures of the heads of a layer, of the sums over its shards."""
+    for name in shards[0].sums:
+        blocks = sum(one.sums[name].cpu().numpy() for one in shards)
+        tokens = sum(one.tokens[name] for one in shards)
+        blocks, first = np.asarray(blocks), sum(one.first[name] for one in shards)
+        first /= max(first + float(np.einsum("hkk->", blocks)), np.finfo(np.float64).tiny)
+        blocks = blocks / max(1, tokens)
+        for own in blocks:
+            gptq.shrink(own, tokens)
+            own[np.diag_indices_from(own)] += _DAMP * own.diagonal().mean() + np.finfo(np.float64).tiny
+        take(HeadCurvature(name, blocks, first))
