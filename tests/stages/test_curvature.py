@@ -82,11 +82,11 @@ def test_weighing_finds_what_fitting_finds(name, tmp_path, monkeypatch):
 
 HOSTILE = {
     "another shape": lambda arrays: arrays | {"token_embd.weight": arrays["token_embd.weight"][1:]},
-    "another type": lambda arrays: {name: one.astype("f4") for name, one in arrays.items()},
+    "another type": lambda arrays: {name: one.astype("f2") for name, one in arrays.items()},
     "no embedding": lambda arrays: {name: one for name, one in arrays.items() if name != "token_embd.weight"},
-    "other heads": lambda arrays: arrays | {"blk.0.attn_q.weight": np.ones((3, 5, 5))},
-    "no blocks": lambda arrays: arrays | {"blk.0.attn_q.weight": np.ones((5, 5))},
-    "an unknown tensor": lambda arrays: arrays | {"blk.0.what.weight": np.ones((1, 5, 5))},
+    "other heads": lambda arrays: arrays | {"blk.0.attn_q.weight": np.ones((3, 5, 5), np.float32)},
+    "no blocks": lambda arrays: arrays | {"blk.0.attn_q.weight": np.ones((5, 5), np.float32)},
+    "an unknown tensor": lambda arrays: arrays | {"blk.0.what.weight": np.ones((1, 5, 5), np.float32)},
     "no numbers": lambda arrays: arrays | {"token_embd.weight": arrays["token_embd.weight"] * np.nan},
 }  # fmt: skip
 

@@ -113,7 +113,7 @@ def quantize_heads(
     qtype: str,
     factor: gptq.Factor,
     *,
-    curvature: F64,
+    curvature: F32,
     hessian: F32,
     importance: F32,
     effort: Effort = "good",
@@ -125,7 +125,7 @@ def quantize_heads(
     columns (the two-sided rounding of YAQA, arXiv:2505.22988).
 
     Args:
-        curvature: f64[heads, d, d], positive definite: of d rows each, one head after the other. The cost of errors D
+        curvature: f32[heads, d, d], positive definite: of d rows each, one head after the other. The cost of errors D
             of a head's rows is ``tr(C D H D^T)``.
         weights, qtype, factor, hessian, importance, effort, threads, device: as ``quantize_with_feedback``.
 
@@ -155,19 +155,20 @@ def quantize_heads(
     return Blocks(data.reshape(heads * size, -1), cost, plain_cost)
 
 
-def _target(weights: F32, wrong: F32, curvature: F64, order: npt.NDArray[np.intp], step: npt.NDArray[np.intp]) -> F32:
+def _target(weights: F32, wrong: F32, curvature: F32, order: npt.NDArray[np.intp], step: npt.NDArray[np.intp]) -> F32:
     """What the rows ``order[step]`` of a head are to be, the errors of those before them being known."""
     rows, done = order[step], order[: step[0]]
     if not len(done):
         return weights[rows]
-    moved = np.linalg.solve(curvature[np.ix_(rows, rows)], curvature[np.ix_(rows, done)]).astype(np.float32)
+    own = curvature.astype(np.float64)
+    moved = np.linalg.solve(own[np.ix_(rows, rows)], own[np.ix_(rows, done)]).astype(np.float32)
     return weights[rows] - moved @ wrong[done]
 
 
-def share_left(curvature: F64) -> float:
+def share_left(curvature: F32) -> float:
     """What ``quantize_heads`` leaves of the cost of errors that rows have independently of one another."""
     left = 0.0
-    for own in curvature:
+    for own in curvature.astype(np.float64):
         order = np.argsort(-own.diagonal(), kind="stable")
         total = np.eye(len(own))  # errors of all rows, by the errors that each makes itself
         for step in np.array_split(np.arange(len(own)), min(len(own), _STEPS)):

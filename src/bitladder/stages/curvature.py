@@ -85,11 +85,11 @@ def _read(kept: Path, source: GgufFile) -> Curvatures | None:
     rows = {info.name: info.shape[-2] for info in source.model.tensors if len(info.shape) > 1}
     width = source.model.dims.n_embd
     embedding = arrays.pop(EMBEDDING, np.empty(0))
-    whole = embedding.shape == (width, width)
+    whole = embedding.shape == (width, width) and embedding.dtype == np.float64
     for name, blocks in arrays.items():
         heads, size = blocks.shape[:2] if blocks.ndim == 3 else (0, 0)
-        whole &= blocks.shape == (heads, size, size) and heads * size == rows.get(name)
-    whole &= all(one.dtype == np.float64 and np.isfinite(one).all() for one in (embedding, *arrays.values()))
+        whole &= blocks.shape == (heads, size, size) and heads * size == rows.get(name) and blocks.dtype == np.float32
+    whole &= all(np.isfinite(one).all() for one in (embedding, *arrays.values()))
     return Curvatures(embedding, arrays) if whole else None
 
 

@@ -270,7 +270,7 @@ class _Table(Resumable):
         self.importance: dict[str, F32] = {}
         self.curvature: F64 | None = None
         """Of the embedding; None where gradients went on from those of a killed call."""
-        self.heads: dict[str, F64] = {}
+        self.heads: dict[str, F32] = {}
         self._left: dict[str, float] = {}
         """Of what tensors lose, once rows of a head make up for one another; first tokens lose what they did."""
         self.resumed = False

@@ -38,7 +38,6 @@ from bitladder.walk.transforms import apply
 from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
 
@@ -116,7 +115,7 @@ def fit_matrix(
     seen: InputStatistics,
     factored: tuple[F32, gptq.Factor],
     settings: FeedbackSettings,
-    heads: F64 | None = None,
+    heads: F32 | None = None,
 ) -> Fitted:
     """Blocks for f32[rows, columns] that meet inputs with the statistics ``seen``; ``heads``: what errors of their rows
     cost together, by head (``kernels.feedback.quantize_heads``)."""
@@ -154,7 +153,7 @@ class FedLevel(Builder):
         *,
         budget_bytes: int,
         spill: Path | None = None,
-        heads: Mapping[str, F64] | None = None,
+        heads: Mapping[str, F32] | None = None,
     ) -> None:
         """``qtypes``: what each tensor is stored as; those that keep the source's type are not touched. ``put`` takes a
         finished tensor, ``has`` says whether it did, in this run or an earlier one. ``budget_bytes``, ``spill``: as
@@ -229,7 +228,7 @@ class FedCoder:
     tensors: tuple[tuple[str, str], ...]
     """Names and types."""
     settings: FeedbackSettings
-    heads: Mapping[str, F64] = field(default_factory=dict)
+    heads: Mapping[str, F32] = field(default_factory=dict)
     """By tensor, as ``fit_matrix`` takes it."""
     reads_peak: ClassVar[bool] = False
     piecewise: ClassVar[bool] = False
@@ -306,7 +305,7 @@ class _Fitting:
         self._seen, self._settings = seen, settings
         self._factored: tuple[F32, gptq.Factor] | None = None
 
-    def fit(self, name: str, qtype: str, weights: F32, columns: NDArray[np.int64] | None, heads: F64 | None) -> Fitted:
+    def fit(self, name: str, qtype: str, weights: F32, columns: NDArray[np.int64] | None, heads: F32 | None) -> Fitted:
         """Blocks of f32[rows, columns]; ``columns``: where the tensor has each channel, if elsewhere; ``heads``: as
         ``fit_matrix``."""
         require_held(weights, [qtype], name)

@@ -89,14 +89,14 @@ class EmbeddingSensitivity:
 class HeadCurvature:
     """What errors of the rows of each head of queries or keys cost together.
 
-    ``blocks`` f64[heads, d, d]: the mean of ``g g^T`` with g the gradients at what d rows write, shrunk towards its
+    ``blocks`` f32[heads, d, d]: the mean of ``g g^T`` with g the gradients at what d rows write, shrunk towards its
     diagonal (``gptq.shrink``) and damped. Attention looks at few directions of a head, so errors of its rows that
     cancel there cost little. The first token of a window is left out: attention sinks to it, its gradients are larger
     than all others together, and the one vector that it is says nothing of other inputs.
     """
 
     name: str
-    blocks: F64
+    blocks: F32
     first: float
     """The share of squared gradients that those first tokens have."""
 
@@ -107,7 +107,7 @@ class Curvatures:
     heads of queries and keys by tensor (``HeadCurvature.blocks``)."""
 
     embedding: F64
-    heads: Mapping[str, F64]
+    heads: Mapping[str, F32]
 
 
 def embedding_curvature(head: Sensitivity, embedding: EmbeddingSensitivity) -> F64:
@@ -529,5 +529,6 @@ def _summed_heads(shards: Sequence[_Heads], take: Take) -> None:
         blocks = blocks / max(1, tokens)
         for own in blocks:
             gptq.shrink(own, tokens)
-            own[np.diag_indices_from(own)] += _DAMP * own.diagonal().mean() + np.finfo(np.float64).tiny
-        take(HeadCurvature(name, blocks, first))
+            own[np.diag_indices_from(own)] += _DAMP * own.diagonal().mean() + np.finfo(np.float32).tiny
+        if np.isfinite(held := blocks.astype(np.float32)).all():  # else its rows stand alone
+            take(HeadCurvature(name, held, first))
