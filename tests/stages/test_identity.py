@@ -360,8 +360,8 @@ def test_a_deleted_run_is_built_again_byte_for_byte(world, imatrix):
 
 
 def test_a_fitted_level_of_a_run_is_found_and_built_again(world, monkeypatch):
-    documents = [Document(f"t{number}", TEXT * 8) for number in range(12)]
-    monkeypatch.setattr("bitladder.stages.recipe.calibration_texts", lambda job, texts: documents)
+    documents = [Document(f"t{number}", f"{number} {TEXT}" * 8) for number in range(12)]
+    monkeypatch.setattr("bitladder.stages.weighing.calibration_texts", lambda job, texts: documents)
     world.run(levels="GPTQ-Q4_0")
     decided = world.record()["decision"]
     assert decided["quality"] == "GPTQ-Q4_0"

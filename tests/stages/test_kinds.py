@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "short_calibration")
 def short_calibration(monkeypatch) -> None:
     """A calibration text that a tiny model reads in a second."""
     documents = [Document(f"t{number}", f"{number} {OTHER}" * 8) for number in range(6)]
-    for user in ("quantize", "recipe", "calibration"):
+    for user in ("quantize", "weighing", "calibration"):
         monkeypatch.setattr(f"bitladder.stages.{user}.calibration_texts", lambda job, texts: documents)
 
 

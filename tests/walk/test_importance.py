@@ -165,6 +165,8 @@ def test_a_killed_walk_goes_on_with_what_it_had_gathered(name: str, tmp_path: Pa
             importance_matrix(source, windows_of(32, 40), keep=keep, progress=killed)
         others: list[str] = []
         importance_matrix(source, windows_of(32, 39), keep=keep, progress=lambda what, *_: others.append(what))
+        assert list(keep.iterdir()), "what another walk left is its own"
+        importance_matrix(source, windows_of(32, 40), keep=keep)
     assert others[0] == "importance: layer 1 of 3", "another text begins anew"
     assert steps[0] == "importance: layer 3 of 3"
     assert found.mean_squares.keys() == whole.mean_squares.keys()
