@@ -13,14 +13,14 @@ from collections.abc import Hashable
 from pathlib import Path
 
 import numpy as np
-from level_texts import Side, articles, compare, first_windows, fitting_windows, parsed, parser_of
+from level_texts import Side, compare, fitting_windows, measuring_texts, parsed, parser_of
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import WINDOW, weighing_part
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
-from bitladder.files.texts import read_texts, shipped_texts
+from bitladder.files.texts import read_texts
 from bitladder.formats.roles import EMBEDDING
 from bitladder.kernels import dequantize, quantize
 from bitladder.progress import silent
@@ -77,13 +77,10 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path("embedding-feedback"), help="a folder")
     options = parsed(parser)
     with GgufFile.open(options.model) as source:
-        other = read_texts([options.other]) if options.other else shipped_texts()
+        other = read_texts([options.other]) if options.other else ()
         with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             fitting = fitting_windows(server, source, options.calibrate, options.fit_tokens)
-            texts = {
-                "in domain": first_windows(server, source, articles(options.text, options.documents)),
-                "other domain": first_windows(server, source, other),
-            }
+            texts = measuring_texts(server, source, options, other)
         weights, half = FileWeights(source, threads=options.threads), wants_half_products(None, "cpu")
         model, tokens = layered(source, weights), sum(len(window.tokens) for window in fitting)
         original, settings = weights(EMBEDDING), FeedbackSettings(threads=options.threads)

@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-from level_texts import Side, articles, compare, first_windows, fitting_windows, parsed, parser_of
+from level_texts import Side, compare, fitting_windows, measuring_texts, parsed, parser_of
 
 from bitladder.describe.windows import WINDOW
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
-from bitladder.files.texts import read_texts, shipped_texts
+from bitladder.files.texts import read_texts
 from bitladder.stages import feedback
 from bitladder.stages.curvature import kept_curvatures
 from bitladder.stages.fidelity import file_candidate
@@ -42,14 +42,11 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=48)
     parser.add_argument("--keep", type=Path, default=Path("head-feedback"), help="folder for the files made")
     options = parsed(parser)
-    other = read_texts([options.other]) if options.other else shipped_texts()
+    other = read_texts([options.other]) if options.other else ()
     with GgufFile.open(options.model) as source, ExitStack() as stack:
         with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             fitting = fitting_windows(server, source, options.calibrate, options.fit_tokens, 0)
-            texts = {
-                "in domain": first_windows(server, source, articles(options.text, options.documents)),
-                "other text": first_windows(server, source, other),
-            }
+            texts = measuring_texts(server, source, options, other)
         recipe, settings = named_recipe(source, options.level), FeedbackSettings(threads=options.threads)
         sides = []
         for side, found in {"columns alone": columns_alone, "columns and heads": kept_curvatures}.items():

@@ -20,6 +20,7 @@ from bitladder.describe.windows import WINDOW, Window, text_windows
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
+from bitladder.files.texts import shipped_texts
 from bitladder.formats.tensors import TensorInfo
 from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.stages.fidelity import Candidate, token_scores
@@ -63,6 +64,17 @@ def first_windows(server: LlamaServer, source: GgufFile, documents: Sequence[Doc
     """The first whole window of each document, or its only one."""
     windows = text_windows(documents, lambda text: server.tokenize(text, add_special=True), source.model)
     return list({window.document: window for window in reversed(windows)}.values())
+
+
+def measuring_texts(
+    server: LlamaServer, source: GgufFile, options: argparse.Namespace, other: Sequence[Document] = ()
+) -> dict[str, list[Window]]:
+    """What files are measured on: ``--documents`` articles of ``--text``, and texts of other kinds, by default those
+    that ship."""
+    return {
+        "in domain": first_windows(server, source, articles(options.text, options.documents)),
+        "other domain": first_windows(server, source, other or shipped_texts()),
+    }
 
 
 def fitting_windows(server: LlamaServer, source: GgufFile, path: Path, tokens: int, part: int = 0) -> list[Window]:

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from level_texts import articles, first_windows, fitting_windows, parsed, parser_of, per_document
+from level_texts import fitting_windows, measuring_texts, parsed, parser_of, per_document
 
 from bitladder.describe.windows import WINDOW, Window
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.checkpoint_check import format_of_folder
 from bitladder.files.gguf import GgufFile
-from bitladder.files.texts import shipped_texts
 from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import parse_checkpoint
 from bitladder.levels.checkpoints.mixed import SCHEMES
@@ -136,10 +135,7 @@ def main() -> int:
     with GgufFile.open(options.model) as source:
         with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             fitting = fitting_windows(server, source, options.calibrate, options.fit_tokens)
-            texts = {
-                "in domain": first_windows(server, source, articles(options.text, options.documents)),
-                "other domain": first_windows(server, source, shipped_texts()),
-            }
+            texts = measuring_texts(server, source, options)
         candidates = written(source, levels_of(source, fitting, options), fitting, options)
         for name, level, folder in (peer.split("=", 2) for peer in options.peer):
             form = parse_checkpoint(level).format

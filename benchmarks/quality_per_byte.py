@@ -30,10 +30,9 @@ import numpy as np
 from level_texts import (
     Side,
     SomeTypes,
-    articles,
     compare,
-    first_windows,
     fitting_windows,
+    measuring_texts,
     parsed,
     parser_of,
     part_of,
@@ -188,7 +187,7 @@ def main() -> int:
     options = parsed(parser)
     opened: list[GgufFile] = []
     with GgufFile.open(options.model) as source:
-        other = read_texts([options.other]) if options.other else shipped_texts()
+        other = read_texts([options.other]) if options.other else ()
         with LlamaServer(Launch(options.model, n_ctx=WINDOW, threads=1)) as server:
             tokens, part = options.fit_tokens, options.part
             wanted = tokens + options.tune_tokens
@@ -197,10 +196,7 @@ def main() -> int:
             if options.wide:
                 shipped = shipped_texts("calibration") + shipped_texts("calibration/wide")
                 fitting += text_windows(shipped, lambda text: server.tokenize(text, add_special=True), source.model)
-            texts = {
-                "in domain": first_windows(server, source, articles(options.text, options.documents)),
-                "other domain": first_windows(server, source, other),
-            }
+            texts = measuring_texts(server, source, options, other)
         if options.in_domain_only:
             del texts["other domain"]
         all_of = candidates(source, fitting, tuning, options, opened)

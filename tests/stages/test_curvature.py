@@ -23,7 +23,7 @@ from bitladder.stages import recipe as recipes
 from bitladder.stages.curvature import keep_curvatures, kept_curvatures
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.job import Build, Job, Journal
-from bitladder.stages.sensitivity import weigh
+from bitladder.stages.sensitivity import BlockTypes, weigh
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.products import wants_half_products
 from bitladder.walk.sensitivity import CurvaturePass, Curvatures
@@ -178,3 +178,42 @@ def test_the_embedding_is_fitted_under_what_its_errors_cost(name, tmp_path, monk
         write_with_feedback(source, Recipe("kept", "llama", kept, 0, math.nan, None), tmp_path / "out", windows)
     with GgufFile.open(fitted.file.path) as file:
         assert cost(file.raw("token_embd.weight")) < 0.3 * cost(quantize(original, "Q4_0"))
+
+
+def test_rows_of_heads_are_fitted_together(tmp_path, monkeypatch):
+    """Under a curvature that all rows of a head have in common; tensors that none is given for stay as they were."""
+    path, windows = _opened("llama", tmp_path, 12)
+    name = "blk.1.attn_q.weight"
+    with GgufFile.open(path) as source:
+        kinds = {info.name: "Q4_0" if is_quantizable(info) else info.qtype for info in source.model.tensors}
+        recipe, heads = Recipe("test", "llama", kinds, 0, math.nan, None), source.model.dims.n_head
+        found, original = _found(source, windows, tmp_path), FileWeights(source)(name)
+        size = len(original) // heads
+        steep = np.tile(np.eye(size, dtype=np.float32) + 20, (heads, 1, 1))
+        made = []
+        for given in ({}, {name: steep}):
+            monkeypatch.setattr(feedback, "kept_curvatures", lambda *_, g=given, **__: Curvatures(found.embedding, g))
+            fitted = write_with_feedback(source, recipe, tmp_path / str(len(given)), windows)
+            with GgufFile.open(fitted.file.path) as file:
+                made.append({one.name: bytes(file.raw(one.name)) for one in file.model.tensors})
+    costs = []
+    for one in made:
+        stored = np.frombuffer(one[name], np.uint8).reshape(len(original), -1)
+        wrong = (dequantize(stored, "Q4_0") - original).astype(np.float64).reshape(heads, size, -1)
+        costs.append(np.einsum("hij,hik,hjk->", steep, wrong, wrong))
+    assert costs[1] < 0.5 * costs[0]
+    assert made[0]["blk.1.attn_v.weight"] == made[1]["blk.1.attn_v.weight"]
+
+
+def test_heads_are_expected_to_lose_less_where_their_rows_are_fitted_together(tmp_path):
+    class Apart(BlockTypes):
+        by_head = False
+
+    path, windows = _opened("llama", tmp_path)
+    with GgufFile.open(path) as source:
+        both = [weigh(source, windows, half=False, choices=own).table.losses for own in (BlockTypes(), Apart())]
+    for name in ("blk.0.attn_q.weight", "blk.1.attn_k.weight"):
+        for together, apart in zip(*(losses[name] for losses in both), strict=True):
+            assert together.plain == apart.plain
+            assert 0.1 * apart.fed < together.fed < 0.99 * apart.fed or not apart.fed
+    assert both[0]["blk.0.attn_v.weight"] == both[1]["blk.0.attn_v.weight"]

@@ -65,19 +65,21 @@ def test_rows_of_a_head_make_up_for_one_another(qtype):
     weights = np.random.default_rng(1).standard_normal((3 * 16, 256)).astype(np.float32)
     hessian = x.T @ x
     factor = gptq.prepare(hessian, damp=0.01, together=chunk_of(256))
-    given = {"hessian": hessian, "importance": np.diagonal(hessian).copy()}
+
+    def fit(weights):
+        return quantize_with_feedback(weights, qtype, factor, hessian=hessian, importance=np.diagonal(hessian).copy())
 
     def lost(blocks, curvature):
         wrong = (dequantize(blocks.data, qtype) - weights).reshape(3, 16, 256).astype(np.float64)
         return np.einsum("hij,hjk,kl,hil->", curvature, wrong, hessian, wrong)
 
-    each = quantize_with_feedback(weights, qtype, factor, **given)
+    each = fit(weights)
     curvature = _curvature(3, 16, 5.0)
-    together = quantize_heads(weights, qtype, factor, curvature=curvature, **given)
+    together = quantize_heads(weights, qtype, curvature, fit)
     share = share_left(curvature)
     assert share < 0.5
     assert lost(together, curvature) / lost(each, curvature) == pytest.approx(share, rel=0.35)
-    apart = quantize_heads(weights, qtype, factor, curvature=_curvature(3, 16, 0.0), **given)
+    apart = quantize_heads(weights, qtype, _curvature(3, 16, 0.0), fit)
     np.testing.assert_array_equal(apart.data, each.data)
     assert share_left(_curvature(3, 16, 0.0)) == pytest.approx(1)
 

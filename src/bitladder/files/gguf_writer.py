@@ -183,9 +183,7 @@ class GgufWriter:
 
     def _claim_alone(self) -> None:
         """Two processes must not write one file: the second is told so."""
-        is_ours = system.lock_alone(self._file)
-        is_ours &= self.partial.exists() and self.partial.stat().st_ino == os.fstat(self._file).st_ino
-        if not is_ours:  # in use, or just finished and renamed by its owner
+        if not system.claim(self._file, self.partial):
             os.close(self._file)
             raise OutputError(
                 f"{self.partial} is being written by another process.",

@@ -76,9 +76,8 @@ class LayerStore(ABC):
         self.partial.mkdir(parents=True, exist_ok=True)
         path = self.partial / _LOCK
         self._lock = system.open_file(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
-        is_ours = system.lock_alone(self._lock)
-        if not (is_ours and path.exists() and path.stat().st_ino == os.fstat(self._lock).st_ino):
-            self.close()  # in use, or just finished and removed by its owner
+        if not system.claim(self._lock, path):
+            self.close()
             raise OutputError(
                 f"{self.partial} is being written by another process.",
                 means="Bitladder already makes this very thing.",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -399,6 +399,11 @@ def types_for(info: TensorInfo, *, low: bool = False) -> tuple[str, ...]:
         for name in (LOW_CHOICES if low else ()) + CHOICES
         if columns % QTYPES[name].block_size == 0 and (not wide or QTYPES[name].block_size == 256 or name == "Q8_0")
     )
+
+
+def without_blocks(tensors: Iterable[TensorInfo], qtype: str) -> list[TensorInfo]:
+    """Matrices whose rows do not divide into the blocks of a type, so that another stands in for it."""
+    return [one for one in tensors if is_quantizable(one) and one.shape[-1] % QTYPES[qtype].block_size]
 
 
 def fallback(qtype: str, columns: int) -> str:

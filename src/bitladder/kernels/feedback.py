@@ -10,7 +10,7 @@ codebook's entries, signs and steps likewise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -108,75 +108,56 @@ def quantize_with_feedback(
     return Blocks(fed, float(np.minimum(cost, plain_cost).sum()), float(plain_cost.sum()))
 
 
-def quantize_heads(
-    weights: F32,
-    qtype: str,
-    factor: gptq.Factor,
-    *,
-    curvature: F32,
-    hessian: F32,
-    importance: F32,
-    effort: Effort = "good",
-    threads: int = 1,
-    device: str = "cpu",
-) -> Blocks:
-    """The same where errors of a head's rows cost more or less together: rows are chosen some at a time, those that
-    cost most first, and what earlier rows of a head are off moves the targets of its later ones, as feedback does with
-    columns (the two-sided rounding of YAQA, arXiv:2505.22988).
+def quantize_heads(weights: F32, qtype: str, curvature: F32, fit: Callable[[F32], Blocks]) -> Blocks:
+    """Store weights of which errors of a head's rows cost more or less together: rows are chosen some at a time, those
+    that cost most first, and what earlier rows of a head are off moves the targets of its later ones, as feedback does
+    with columns (the two-sided rounding of YAQA, arXiv:2505.22988).
 
     Args:
-        curvature: f32[heads, d, d], positive definite: of d rows each, one head after the other. The cost of errors D
-            of a head's rows is ``tr(C D H D^T)``.
-        weights, qtype, factor, hessian, importance, effort, threads, device: as ``quantize_with_feedback``.
+        weights: f32[rows, columns], the heads one after the other.
+        qtype: what ``fit`` stores them in.
+        curvature: f32[heads, d, d], positive definite: of d rows each. Errors D of a head's rows cost
+            ``tr(C D H D^T)``, H the Hessian of what they meet.
+        fit: stores rows, as ``quantize_with_feedback`` does under H.
 
     ``cost`` and ``plain_cost`` are against the targets that rows had when their turn came.
     """
     heads, size, _ = curvature.shape
-    columns = weights.shape[1]
-    order = np.argsort(-curvature.diagonal(axis1=1, axis2=2), axis=1, kind="stable")
-    by_head = weights.reshape(heads, size, columns)
-    wrong = np.zeros(by_head.shape, np.float32)
-    data: U8 | None = None
-    cost = plain_cost = 0.0
-    for step in np.array_split(np.arange(size), min(size, _STEPS)):
-        targets = np.stack([_target(*each, step) for each in zip(by_head, wrong, curvature, order, strict=True)])
-        blocks = quantize_with_feedback(
-            targets.reshape(-1, columns), qtype, factor, hessian=hessian, importance=importance, effort=effort,
-            threads=threads, device=device,
-        )  # fmt: skip
-        if data is None:
-            data = np.empty((heads, size, blocks.data.shape[1]), np.uint8)
-        decoded = dequantize(blocks.data, qtype, threads=threads).reshape(heads, len(step), columns)
-        for head, rows in enumerate(order[:, step]):
-            data[head, rows] = blocks.data.reshape(heads, len(step), -1)[head]
-            wrong[head, rows] = decoded[head] - by_head[head, rows]
-        cost, plain_cost = cost + blocks.cost, plain_cost + blocks.plain_cost
-    assert data is not None
-    return Blocks(data.reshape(heads * size, -1), cost, plain_cost)
-
-
-def _target(weights: F32, wrong: F32, curvature: F32, order: npt.NDArray[np.intp], step: npt.NDArray[np.intp]) -> F32:
-    """What the rows ``order[step]`` of a head are to be, the errors of those before them being known."""
-    rows, done = order[step], order[: step[0]]
-    if not len(done):
-        return weights[rows]
-    own = curvature.astype(np.float64)
-    moved = np.linalg.solve(own[np.ix_(rows, rows)], own[np.ix_(rows, done)]).astype(np.float32)
-    return weights[rows] - moved @ wrong[done]
+    by_head, wrong = weights.reshape(heads, size, -1), np.zeros_like(weights)
+    found: list[Blocks] = []
+    places: list[npt.NDArray[np.intp]] = []
+    for turns in zip(*map(_turns, curvature.astype(np.float64)), strict=True):
+        targets = [
+            own[rows] - moves.astype(np.float32) @ off[done]
+            for own, off, (rows, done, moves) in zip(by_head, wrong.reshape(by_head.shape), turns, strict=True)
+        ]
+        at = np.concatenate([head * size + rows for head, (rows, *_) in enumerate(turns)])
+        found.append(fit(np.concatenate(targets)))
+        places.append(at)
+        wrong[at] = dequantize(found[-1].data, qtype) - weights[at]
+    data = np.concatenate([one.data for one in found])[np.argsort(np.concatenate(places))]
+    return Blocks(data, sum(one.cost for one in found), sum(one.plain_cost for one in found))
 
 
 def share_left(curvature: F32) -> float:
     """What ``quantize_heads`` leaves of the cost of errors that rows have independently of one another."""
     left = 0.0
     for own in curvature.astype(np.float64):
-        order = np.argsort(-own.diagonal(), kind="stable")
         total = np.eye(len(own))  # errors of all rows, by the errors that each makes itself
-        for step in np.array_split(np.arange(len(own)), min(len(own), _STEPS)):
-            rows, done = order[step], order[: step[0]]
-            if len(done):
-                total[rows] -= np.linalg.solve(own[np.ix_(rows, rows)], own[np.ix_(rows, done)] @ total[done])
+        for rows, done, moves in _turns(own):
+            total[rows] -= moves @ total[done]
         left += float(np.einsum("ik,ij,jk->", total, own, total))
-    return left / float(curvature.diagonal(axis1=1, axis2=2).sum())
+    return left / float(curvature.diagonal(axis1=1, axis2=2).sum(dtype=np.float64))
+
+
+def _turns(curvature: F64) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], F64]]:
+    """Rows of a head in their turns, those before them, and how far errors of these move their targets:
+    f64[rows, rows before]."""
+    order = np.argsort(-curvature.diagonal(), kind="stable")
+    for step in np.array_split(np.arange(len(order)), min(len(order), _STEPS)):
+        rows, done = order[step], order[: step[0]]
+        moves = np.linalg.solve(curvature[np.ix_(rows, rows)], curvature[np.ix_(rows, done)])
+        yield rows, done, np.asarray(moves, np.float64)
 
 
 def _fed(

@@ -12,7 +12,7 @@ from bitladder.describe.model import Model
 from bitladder.files.level_files import PLANNED_FIT, LevelDraft, draft_level
 from bitladder.formats.blocks import QTYPES
 from bitladder.formats.parts import PARTS, part_of, parts_of
-from bitladder.formats.recipes import RECIPES, assign, is_quantizable, nearest_level
+from bitladder.formats.recipes import RECIPES, assign, is_quantizable, nearest_level, without_blocks
 from bitladder.formats.roles import EMBEDDING, OUTPUT
 from bitladder.formats.tensors import TensorInfo
 from bitladder.levels import (
@@ -120,7 +120,7 @@ def level_size(model: Model, level: Level, *, has_importance: bool = False) -> L
         elements=sum(tensor.elements for tensor in draft.tensors),
         file_bytes=draft.file_bytes + (0 if model.raw_metadata else model.header_bytes),
         on_label_share=on_label / weights if weights else 1.0,
-        fallbacks=sum(tensor.shape[-1] % QTYPES[label].block_size != 0 for tensor in quantizable),
+        fallbacks=len(without_blocks(draft.tensors, label)),
         tensors=draft.tensors,
     )
 

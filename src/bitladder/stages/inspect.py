@@ -19,8 +19,7 @@ from bitladder.describe.quantized import quantized
 from bitladder.errors import BadFile
 from bitladder.files.gguf import part_paths, read_header
 from bitladder.formats import gguf
-from bitladder.formats.blocks import QTYPES
-from bitladder.formats.recipes import LEVEL_BY_FILE_TYPE, RECIPES, assign, is_quantizable
+from bitladder.formats.recipes import LEVEL_BY_FILE_TYPE, RECIPES, assign, is_quantizable, without_blocks
 from bitladder.formats.tensors import TensorInfo
 from bitladder.kernels import first_nonfinite
 from bitladder.levels.checkpoints.integers import IntegerFormat
@@ -46,7 +45,7 @@ def inspect_file(path: Path) -> Inspection:
     off_recipe = _off_recipe(model, claimed) if claimed else None
     label = RECIPES[claimed].qtype if claimed else None
     on_label = [tensor for tensor in quantizable if tensor.qtype == label]
-    fallbacks = [t for t in quantizable if label and t.shape[-1] % QTYPES[label].block_size]
+    fallbacks = without_blocks(model.tensors, label) if label else []
     truthful = None if off_recipe is None else not off_recipe and in_header in (None, claimed)
     weights = _weights(quantizable)
     share = _weights(on_label) / weights if label and weights else None

@@ -158,18 +158,18 @@ def _stand_ins(model: Model, levels: Sequence[FileLevel]) -> str | None:
     """Where rows do not divide into the blocks of a level's type, another takes its place, and the level is larger than
     its name says."""
     from bitladder.formats.blocks import QTYPES
-    from bitladder.formats.recipes import RECIPES, is_quantizable
+    from bitladder.formats.recipes import RECIPES, is_quantizable, without_blocks
 
-    matrices = [tensor.shape[-1] for tensor in model.tensors if is_quantizable(tensor)]
-    told, rows, blocks = [], set(), set()
+    told: list[str] = []
+    rows, blocks = set[int](), set[int]()
     for level in levels:
         if level.recipe is None:
             continue
-        block = QTYPES[RECIPES[level.recipe].qtype].block_size
-        if short := [columns for columns in matrices if columns % block]:
-            told.append(f"{level.name} ({len(short)} of {len(matrices)} matrices)")
-            rows.update(short)
-            blocks.add(block)
+        qtype = RECIPES[level.recipe].qtype
+        if short := without_blocks(model.tensors, qtype):
+            told.append(f"{level.name} ({len(short)} of {sum(map(is_quantizable, model.tensors))} matrices)")
+            rows.update(tensor.shape[-1] for tensor in short)
+            blocks.add(QTYPES[qtype].block_size)
     if not told:
         return None
     widths, sizes = (" and ".join(map(str, sorted(some))) for some in (rows, blocks))

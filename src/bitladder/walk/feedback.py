@@ -122,17 +122,12 @@ def fit_matrix(
     hessian, factor = factored
     if len(seen.drift):
         weights = gptq.making_up(factor, weights, seen.drift)
-    fit = quantize_with_feedback if heads is None else partial(quantize_heads, curvature=heads)
-    blocks = fit(
-        weights,
-        qtype,
-        factor,
-        hessian=hessian,
-        importance=seen.squares.astype(np.float32),
-        effort=settings.effort,
-        threads=settings.threads,
+    fit = partial(
+        quantize_with_feedback, qtype=qtype, factor=factor, hessian=hessian,
+        importance=seen.squares.astype(np.float32), effort=settings.effort, threads=settings.threads,
         device=settings.device,
-    )
+    )  # fmt: skip
+    blocks = fit(weights) if heads is None else quantize_heads(weights, qtype, heads, fit)
     energy = float(np.vdot(weights @ seen.gram, weights))
     note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
     return Fitted(blocks.data, blocks.cost, energy, factor.damp, note, seen.tokens)

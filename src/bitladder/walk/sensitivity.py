@@ -510,6 +510,8 @@ class _Heads:
         return hooks
 
     def _add(self, rows: Sequence[tuple[str, torch.Tensor]], gradient: torch.Tensor) -> None:
+        if gradient.ndim != 3:  # no windows of tokens: which are the first is not known
+            return
         later = gradient[:, 1:].reshape(-1, gradient.shape[-1]).double()
         first = gradient[:, 0].double().square().sum(0)
         for name, places in rows:
