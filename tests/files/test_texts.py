@@ -45,3 +45,12 @@ def test_another_encoding_is_named(tmp_path):
     (tmp_path / "t.txt").write_bytes("text".encode("utf-16"))
     with pytest.raises(BadInput, match="no UTF-8 text"):
         texts(tmp_path / "t.txt")
+
+
+def test_files_of_one_name_are_two_documents(tmp_path):
+    paths = [tmp_path / place / "report.txt" for place in ("spring", "summer", "autumn")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(f"Of {path.parent.name}.")
+    named = {document.name: document.text for document in read_texts(paths)}
+    assert named == {"report": "Of spring.", "report (2)": "Of summer.", "report (3)": "Of autumn."}

@@ -109,6 +109,13 @@ def test_what_a_degenerate_model_writes_is_not_calibrated_on(few, tmp_path):
     assert any("own text is not calibrated on: only 0 of 4" in line for line in journal.warnings)
 
 
+def test_a_file_named_like_a_shipped_text_is_another_document(tmp_path):
+    shipped = [one.name for one in shipped_texts("calibration")]
+    (tmp_path / f"{shipped[0]}.txt").write_text("My own text.", encoding="utf-8")
+    named = [one.name for one in calibration_texts(None, [SHIPPED, tmp_path / f"{shipped[0]}.txt"])]
+    assert named == [*shipped, f"{shipped[0]} (2)"]
+
+
 def test_mixes_are_in_the_order_in_which_they_are_named(few, demo_gguf, tmp_path):
     (tmp_path / "mine.txt").write_text("My own text.", encoding="utf-8")
     with opened(str(demo_gguf), Work(threads=2)) as job:

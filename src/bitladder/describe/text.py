@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, count
 
 CHARACTERS_PER_TOKEN = 4
 """The usual estimate for English, where the tokenizer is not known: nobody outside knows a cloud's."""
@@ -22,7 +23,7 @@ def most_tokens(text: str) -> int:
 
 @dataclass(frozen=True)
 class Document:
-    """One text with a name. Documents, not tokens, are what intervals resample."""
+    """One text with a name. Documents, not tokens, are what intervals resample, by name (``told_apart``)."""
 
     name: str
     text: str
@@ -107,6 +108,17 @@ def _named_languages(document: Document) -> tuple[str, ...]:
             break
         found.append(part)
     return tuple(found)
+
+
+def told_apart(documents: Iterable[Document]) -> list[Document]:
+    """The same documents, no two of one name, since intervals resample them by it: later ones are numbered,
+    ``report (2)``."""
+    found: dict[str, Document] = {}
+    for document in documents:
+        numbered = (f"{document.name} ({number})" for number in count(2))
+        name = next(name for name in chain([document.name], numbered) if name not in found)
+        found[name] = replace(document, name=name)
+    return list(found.values())
 
 
 def text_hash(documents: Iterable[Document]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from bitladder import json_text, unicode
 from bitladder.describe.seed import Seed
-from bitladder.describe.text import Document
+from bitladder.describe.text import Document, told_apart
 from bitladder.errors import BadInput
 
 
@@ -52,7 +52,7 @@ def read_texts(paths: Sequence[Path]) -> list[Document]:
     Raises:
         BadInput: a file is missing, no UTF-8 text, or JSON lines without a ``text`` each; or there is no text at all.
     """
-    documents = [document for path in paths for document in _read(path)]
+    documents = told_apart(document for path in paths for document in _read(path))
     if not any(document.text.strip() for document in documents):
         raise BadInput(
             f"There is no text in {', '.join(map(str, paths))}.",

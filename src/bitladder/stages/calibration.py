@@ -49,6 +49,7 @@ def calibration_texts(job: Job, parts: Sequence[CalibrationPart] = ()) -> list[D
         BadInput: a file cannot be read.
         EngineError, NothingFits, OutputError: the model cannot write (``stages.own_text``).
     """
+    from bitladder.describe.text import told_apart
     from bitladder.files.texts import read_texts, shipped_texts
 
     shipped, wider = "calibration", "calibration/wide"
@@ -63,7 +64,7 @@ def calibration_texts(job: Job, parts: Sequence[CalibrationPart] = ()) -> list[D
             found += shipped_texts(shipped) + (shipped_texts(wider) if part == WIDE else [])
         else:
             found += read_texts([Path(part)])
-    return found or shipped_texts(shipped)
+    return told_apart(found) or shipped_texts(shipped)
 
 
 def tuning_windows(job: Job, known: Sequence[Window], build: Build) -> list[Window]:
