@@ -8,8 +8,8 @@
 Both sides see the same calibration tokens. Theirs: llama.cpp's mix of types (all 96 recorded mixes are reproduced
 tensor by tensor, tests/formats/test_recipes.py), quantized by ggml's own reference code (libgguf) under an importance
 matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback;
-with levels whose names begin with IQ it chooses from codebook types, too. A killed run goes on from what ``--keep``
-holds. With ``--wide`` both sides see all calibration text that ships, too (``--fit-tokens 0``: that alone). With
+of types as ``bitladder recipe`` chooses them, so of codebook types, too, at the bytes of Q3_K_S and below. A killed run
+goes on from what ``--keep`` holds. With ``--wide`` both sides see all calibration text that ships, too (``--fit-tokens 0``: that alone). With
 ``--tune-tokens N`` scales of ours are tuned on the N tokens of the calibration text after those that codes are fitted
 to; the importance matrix, of both sides, counts these too. With ``--layers N`` only N layers, spread evenly, are
 quantized on both sides and all else stays 16 bits: for types that take long to write.
@@ -51,7 +51,7 @@ from bitladder.files.gguf import GgufFile
 from bitladder.files.imatrix import read_imatrix, write_imatrix
 from bitladder.files.texts import read_texts, shipped_texts
 from bitladder.formats.recipes import assign
-from bitladder.plan.recipe import Limits, choose, recipe_bytes
+from bitladder.plan.recipe import Limits, choose, recipe_bytes, wants_low
 from bitladder.progress import StepsOnly
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
@@ -126,17 +126,19 @@ def candidates(
     importance = kept_importance(source, [*windows, *tuning], options)
     theirs = GgmlQuantizer(weights, importance, options.keep / "ggml")
     ours = Quantizer(weights, importance=importance, threads=options.threads)
-    part, low = part_of(source.model, options.layers), options.levels.startswith("IQ")
+    part = part_of(source.model, options.layers)
     names = frozenset(one.name for one in part.tensors)
-    choices = SomeTypes(names, low=low) if options.layers else BlockTypes(low=low)
-    table = weighed_only(kept_table(source, windows[:: max(1, len(windows) // 8)], choices, options))
     found: list[Side] = []
     for level in options.levels.split(","):
         mix = assign(level, source.model.tensors, source.model.dims, has_importance=True)
         mix = {name: qtype for name, qtype in mix.items() if name in names}
         size, bpw = recipe_bytes(part, mix)
         named = Recipe(f"{level}-fed", source.model.dims.architecture, mix, size, bpw, None, (), True)
-        chosen = choose(table, part, Limits(bytes=int(size * options.share)))
+        limits = Limits(bytes=int(size * options.share))
+        low = wants_low(part, limits)
+        choices = SomeTypes(names, low=low) if options.layers else BlockTypes(low=low)
+        table = weighed_only(kept_table(source, windows[:: max(1, len(windows) // 8)], choices, options))
+        chosen = choose(table, part, limits)
         first = len(found)
 
         def add(side: str, candidate: Candidate, level: str = level, against: int = first) -> None:
