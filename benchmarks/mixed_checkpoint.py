@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 from level_texts import fitting_windows, measuring_texts, parsed, parser_of, per_document
 
-from bitladder.describe.windows import WINDOW, Window
+from bitladder.describe.windows import WINDOW, Window, tokens_hash
 from bitladder.engines.base import Launch
 from bitladder.engines.llama import LlamaServer
 from bitladder.files.checkpoint_check import format_of_folder
+from bitladder.files.folders import cache_key
 from bitladder.files.gguf import GgufFile
 from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import parse_checkpoint
@@ -39,7 +40,7 @@ from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.calibrate import Calibration, Reading
 from bitladder.stages.fidelity import Candidate, folder_candidate, token_scores
 from bitladder.stages.schemes import SchemeStorage
-from bitladder.stages.sensitivity import weigh
+from bitladder.stages.sensitivity import MADE_BY, weigh
 from bitladder.stages.weighing import keep_table, read_table
 from bitladder.stats.bootstrap import ratio_interval
 from bitladder.walk.checkpoint_walk import Settings
@@ -49,10 +50,11 @@ def table_of(
     source: GgufFile, storage: SchemeStorage, windows: Sequence[Window], options: argparse.Namespace
 ) -> SensitivityTable:
     """Predicted losses, kept beside the levels."""
-    kept = options.keep / "table.json"
+    some = windows[:: max(1, len(windows) // options.weighed)]
+    key = cache_key(*MADE_BY, source.sha256, tokens_hash(some), storage.choices.key)
+    kept = options.keep / f"table-{key[:16]}.json"
     if (table := read_table(kept)) is None:
         started = time.perf_counter()
-        some = windows[:: max(1, len(windows) // options.weighed)]
         table = weigh(
             source, some, threads=options.threads, choices=storage.choices, keep=options.keep / "weighing"
         ).table

@@ -1,21 +1,21 @@
-"""Claim: at the bytes of llama.cpp's levels, our recipes with error feedback lose about half, on held-out text.
+"""Claim: at the bytes of llama.cpp's levels, our recipes with error feedback lose a fraction, on held-out text.
 
     scripts/bench quality_per_byte --model reference-f16.gguf --calibrate wikitext2-valid.txt
-        --text wikitext2-test.txt [--other TEXT_OR_FOLDER] [--levels Q4_K_M,...] [--fit-tokens 12288]
-        [--wide] [--tune-tokens N] [--effort good] [--documents 16] [--share 1] [--layers N] [--threads 2]
-        [--keep DIR] [--json FILE]
+        --text wikitext2-test.txt [--other TEXT_OR_FOLDER] [--levels Q4_K_M,...] [--fit-tokens 12288] [--part N]
+        [--wide] [--tune-tokens N] [--effort good] [--documents 16] [--in-domain-only] [--share 1] [--layers N]
+        [--ablate] [--threads 2] [--keep DIR] [--json FILE]
 
 Both sides see the same calibration tokens. Theirs: llama.cpp's mix of types (all 96 recorded mixes are reproduced
 tensor by tensor, tests/formats/test_recipes.py), quantized by ggml's own reference code (libgguf) under an importance
 matrix of those tokens. Ours: a recipe of at most as many bytes, or a share of them, codes chosen with error feedback;
-of types as ``bitladder recipe`` chooses them, so of codebook types, too, at the bytes of Q3_K_S and below. A killed run
-goes on from what ``--keep`` holds. With ``--wide`` both sides see all calibration text that ships, too (``--fit-tokens 0``: that alone). With
-``--tune-tokens N`` scales of ours are tuned on the N tokens of the calibration text after those that codes are fitted
-to; the importance matrix, of both sides, counts these too. With ``--layers N`` only N layers, spread evenly, are
-quantized on both sides and all else stays 16 bits: for types that take long to write.
-KL against the 16-bit source on the first window of each of several articles of the test text, and of texts of another
-kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate`` adds
-each ingredient alone.
+of types as ``bitladder recipe`` chooses them, so of codebook types, too, at the bytes of Q3_K_S and below. A killed
+run goes on from what ``--keep`` holds. With ``--wide`` both sides see all calibration text that ships, too
+(``--fit-tokens 0``: that alone). With ``--tune-tokens N`` scales of ours are tuned on the N tokens of the calibration
+text after those that codes are fitted to; the importance matrix, of both sides, counts these too. With ``--layers N``
+only N layers, spread evenly, are quantized on both sides and all else stays 16 bits: for types that take long to
+write. KL against the 16-bit source on the first window of each of several articles of the test text, and of texts of
+another kind (the ones that ship to measure on); ratios of mean KL with paired intervals over documents. ``--ablate``
+adds each ingredient alone.
 """
 
 import argparse
@@ -59,7 +59,7 @@ from bitladder.records.recipe import Recipe, SensitivityTable
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.fidelity import Candidate, file_candidate
 from bitladder.stages.imatrix import importance_matrix
-from bitladder.stages.sensitivity import BlockTypes, weigh
+from bitladder.stages.sensitivity import MADE_BY, BlockTypes, weigh
 from bitladder.walk.feedback import FeedbackSettings
 from bitladder.walk.weights import FileWeights, MadeWeights, Quantizer
 
@@ -105,7 +105,7 @@ def kept_table(
     source: GgufFile, windows: Sequence[Window], choices: BlockTypes, options: argparse.Namespace
 ) -> SensitivityTable:
     """Sensitivities by these tokens, found once."""
-    kept = options.keep / f"table-{cache_key(source.sha256, tokens_hash(windows), choices.key)[:16]}.json"
+    kept = options.keep / f"table-{cache_key(*MADE_BY, source.sha256, tokens_hash(windows), choices.key)[:16]}.json"
     if not kept.exists():
         started = time.perf_counter()
         own = weigh(source, windows, threads=options.threads, choices=choices, keep=options.keep / "walks").table

@@ -159,6 +159,25 @@ def test_heads_are_weighed_in_the_order_of_their_rows(name, tmp_path):
         np.linalg.cholesky(blocks)
 
 
+def test_windows_of_other_lengths_beside_it_change_nothing_of_a_heads_curvature(tmp_path, monkeypatch):
+    """Shorter windows are filled up in a batch; what fills them up is no token."""
+    source, windows = _opened("llama", tmp_path)
+    windows = [Window(one.document, one.tokens[: 100 - 4 * at]) for at, one in enumerate(windows)]
+    monkeypatch.setattr(sensitivity.torch, "rand", lambda count, **_: torch.full((count,), 0.5))  # one label each
+    with source:
+        weights = FileWeights(source)
+        model = LayeredModel(source.model, weights)
+        found = []
+        for batches in (batches_of(windows), batches_of(windows, batch_tokens=1)):
+            own = []
+            CurvaturePass(model, weights, batches, state_bytes=1 << 30).run(own.append, silent)
+            found.append({one.name: one for one in own if isinstance(one, HeadCurvature)})
+    together, apart = found
+    assert together
+    for name, one in together.items():
+        np.testing.assert_allclose(one.blocks, apart[name].blocks, rtol=1e-3, atol=1e-4 * one.blocks.max())
+
+
 def test_slices_of_the_vocabulary_change_nothing(tmp_path, monkeypatch):
     """Labels are drawn across slices: in which one a token lies must not matter.
 

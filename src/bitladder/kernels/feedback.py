@@ -32,7 +32,7 @@ U8 = npt.NDArray[np.uint8]
 F64 = npt.NDArray[np.float64]
 T = TypeVar("T")
 
-REVISION = "7"
+REVISION = "8"
 """Raised whenever the bytes of fitted files change for another reason than the kernels' own revision."""
 _STEPS = 8
 """In how many turns a head's rows are chosen."""
@@ -146,7 +146,7 @@ def share_left(curvature: F32) -> float:
         total = np.eye(len(own))  # errors of all rows, by the errors that each makes itself
         for rows, done, moves in _turns(own):
             total[rows] -= moves @ total[done]
-        left += float(np.einsum("ik,ij,jk->", total, own, total))
+        left += float(np.vdot(total, own @ total))
     return left / float(curvature.diagonal(axis1=1, axis2=2).sum(dtype=np.float64))
 
 

@@ -57,6 +57,8 @@ ROWS, _MATRICES = 512, 8
 """Rows of a matrix, and matrices of a stack, that stand for all: their mean error is known to a percent."""
 FEW_ROWS = 64
 """The same where encoding a row takes fifty times as long, or codes are chosen with feedback."""
+MADE_BY = (__version__, REVISION, FEEDBACK_REVISION)
+"""What tables of losses depend on beside model, text and choices."""
 _LOSSES = "losses"
 """Among arrays that are kept, beside importances by the names of their tensors."""
 
@@ -236,9 +238,8 @@ def weigh(
     model = layered(source, weights, device=device)
     batches = batches_of(windows)
     half = wants_half_products(half, device)
-    made_by = (__version__, REVISION, FEEDBACK_REVISION)
     own = (choices.key,) if choices.key else ()
-    key = cache_key("weigh", type(model).__name__, *made_by, source.sha256, tokens_hash(windows), str(half), *own)
+    key = cache_key("weigh", type(model).__name__, *MADE_BY, source.sha256, tokens_hash(windows), str(half), *own)
     apart = held_out(windows) if choices.holds_out else frozenset()
     table = _Table(source, weights, choices, threads, sum(len(windows[at].tokens) for at in apart) / tokens)
     passes = SensitivityPass(

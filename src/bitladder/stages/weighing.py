@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bitladder import __version__
 from bitladder.describe.windows import different, weighing_part
 from bitladder.errors import BadInput
 from bitladder.records import to_json
@@ -131,14 +130,12 @@ def weighed_tensors(
     """The table of predicted losses, checked against measured recipes, and where it is kept between runs; ``storage``:
     a GGUF file by default."""
     from bitladder.files.folders import cache_folder, cache_key
-    from bitladder.kernels import REVISION
-    from bitladder.kernels.feedback import REVISION as FEEDBACK_REVISION
     from bitladder.stages.curvature import keep_curvatures
-    from bitladder.stages.sensitivity import weigh
+    from bitladder.stages.sensitivity import MADE_BY, weigh
 
     source, text, storage = job.source, job.text_key(calibration_texts(job, texts)), storage or GgufStorage(job)
     own = (storage.choices.key,) if storage.choices.key else ()
-    key = cache_key(__version__, REVISION, FEEDBACK_REVISION, source.sha256, text, route_of(source), *own)
+    key = cache_key(*MADE_BY, source.sha256, text, route_of(source), *own)
     kept = cache_folder("sensitivity", f"{key[:32]}.json")
     if (table := read_table(kept)) is not None:
         job.journal.reuse("sensitivity", [source.model.name])

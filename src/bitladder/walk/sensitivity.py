@@ -74,7 +74,7 @@ class EmbeddingSensitivity:
     """What errors of the embedding's rows cost: half of ``sum_ij weights[i, j] D[tokens[i], j]^2 / predictions``.
 
     ``curvature`` f64[n_embd, n_embd] knows of channels together what ``weights`` knows of each: the mean of ``g g^T``
-    over all places where a token stands, g the gradient at its row; shrunk towards its diagonal (``gptq.shrink``).
+    over all places where a token stands, g the gradient at its row.
     ``counts`` i64[tokens]: how many of these places each token has.
     """
 
@@ -116,11 +116,11 @@ def embedding_curvature(head: Sensitivity, embedding: EmbeddingSensitivity) -> F
 
     As output row t costs the mean of ``p_t (1 - p_t) (D_t x)^2``; as embedding ``(D_t g)^2`` as often as t occurs,
     which is the mean of p_t. So rows of all frequencies weigh both alike: ``E[x x^T]`` and ``E[g g^T] / s``, with s
-    the sum over t of the mean of ``p_t (1 - p_t)``.
+    the sum over t of the mean of ``p_t (1 - p_t)``. ``E[g g^T]`` is shrunk towards its diagonal (``gptq.shrink``).
     """
-    if head.name != EMBEDDING:
-        return embedding.curvature
-    return embedding.curvature / (float(head.rows.sum()) / head.predictions)
+    curvature = embedding.curvature.copy()
+    gptq.shrink(curvature, int(embedding.counts.sum()))
+    return curvature if head.name != EMBEDDING else curvature / (float(head.rows.sum()) / head.predictions)
 
 
 Take = Callable[[Sensitivity | EmbeddingSensitivity | HeadCurvature], None]
@@ -140,8 +140,8 @@ class _Back(Builder):
         shards = []
         for shard in stream.shards:
             heads = _Heads(self.model, layer, block)
-            with heads.on(block):
-                for batch in shard:
+            for batch in shard:
+                with heads.on(block, batch):
                     send_back(self.model, block, layer, batch, entered, states, half=stream.half)
             shards.append(heads)
         self._there.shelf.give_back(entered)
@@ -306,7 +306,6 @@ class SensitivityPass:
         weights = np.zeros((len(tokens), slopes.shape[1]))
         np.add.at(weights, where, slopes**2 * scale)
         curvature = slopes.T @ slopes * (scale / len(ids))
-        gptq.shrink(curvature, len(ids))
         return EmbeddingSensitivity(tokens, counts, weights, self.predictions, curvature)
 
 
@@ -397,7 +396,7 @@ class Gradients(Builder):
         watch = InputWatch(self.model.inputs(layer, block), self._wants, half=stream.half)
         energies, heads = _Energies(self.model, layer, block), _Heads(self.model, layer, block)
         for batch in shard:
-            with watch.on(block, batch), energies.on(block), heads.on(block):
+            with watch.on(block, batch), energies.on(block), heads.on(block, batch):
                 send_back(self.model, block, layer, batch, entered, gradients, half=stream.half)
         return watch, energies, heads
 
@@ -485,7 +484,8 @@ class _Heads:
         dims, held = model.model.dims, set(model.layer_names(layer))
         self._rows: dict[str, list[tuple[str, torch.Tensor]]] = {}
         self.sums: dict[str, torch.Tensor] = {}
-        self.tokens: dict[str, int] = {}
+        self.tokens = 0
+        """Those after the first of each window."""
         self.first: dict[str, float] = {}
         present = {name for name, _ in block.named_modules()}
         for parameter in model.kind(layer).parameters:
@@ -501,9 +501,10 @@ class _Heads:
                     own = torch.from_numpy(rows[0].astype(np.int64)).reshape(heads, -1)
                     self._rows.setdefault(module, []).append((name, own))
 
-    def on(self, block: nn.Module) -> ExitStack:
-        """Hooks for batches."""
+    def on(self, block: nn.Module, batch: Batch) -> ExitStack:
+        """Hooks for one batch, whose padding has no gradients."""
         hooks = ExitStack()
+        self.tokens += sum(batch.lengths) - len(batch.lengths)
         for module, rows in self._rows.items():
             seen = _on_gradient(partial(self._add, rows))
             hooks.callback(block.get_submodule(module).register_forward_hook(seen).remove)
@@ -518,14 +519,13 @@ class _Heads:
             self.first[name] = self.first.get(name, 0) + float(first[places.to(first.device)].sum())
             each = later[:, places.to(later.device).reshape(-1)].reshape(len(later), *places.shape).transpose(0, 1)
             self.sums[name] = self.sums.get(name, 0) + each.transpose(1, 2) @ each
-            self.tokens[name] = self.tokens.get(name, 0) + len(later)
 
 
 def _summed_heads(shards: Sequence[_Heads], take: Take) -> None:
     """The curvatures of the heads of a layer, of the sums over its shards."""
+    tokens = sum(one.tokens for one in shards)
     for name in shards[0].sums:
         blocks = sum(one.sums[name].cpu().numpy() for one in shards)
-        tokens = sum(one.tokens[name] for one in shards)
         blocks, first = np.asarray(blocks), sum(one.first[name] for one in shards)
         first /= max(first + float(np.einsum("hkk->", blocks)), np.finfo(np.float64).tiny)
         blocks = blocks / max(1, tokens)
