@@ -27,8 +27,9 @@ from bitladder.progress import silent
 from bitladder.stages.fidelity import Candidate
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Stream, forward
+from bitladder.walk.ends import head_inputs
 from bitladder.walk.feedback import FeedbackSettings, factor_of, fit_matrix
-from bitladder.walk.inputs import Sums, statistics_of
+from bitladder.walk.inputs import statistics_of
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.opened import layered
 from bitladder.walk.products import wants_half_products
@@ -58,14 +59,11 @@ class OtherEmbedding(FileWeights):
         return super().identity(name) if name != EMBEDDING else (name, id(self))
 
 
-def head_inputs(model: LayeredModel, weights: FileWeights, batches: list[Batch], *, half: bool) -> F64:
+def at_the_head(model: LayeredModel, weights: FileWeights, batches: list[Batch], *, half: bool) -> F64:
     """The sum of ``x x^T`` at the source's head."""
     stream = Stream(model, [Member(weights)], batches, state_bytes=GiB, half=half)
     forward([stream], silent)
-    norm, sums = model.norm(weights), Sums(model.width, model.device, gram=True)
-    for batch in batches:
-        sums.add(norm(stream.states_of(0).get(batch))[batch.valid].detach())
-    return sums.result().gram.astype(np.float64)
+    return head_inputs(model, weights, stream.states_of(0), batches).gram.astype(np.float64)
 
 
 def main() -> int:
@@ -97,7 +95,7 @@ def main() -> int:
             return dequantize(fit_matrix(options.qtype, original, seen, factored, settings).data, options.qtype)
 
         if model.output == EMBEDDING:
-            read = head_inputs(model, weights, batches_of(fitting), half=half)
+            read = at_the_head(model, weights, batches_of(fitting), half=half)
             made = {"the head": fitted(read), "head and embedding": fitted(read + cost)}
         else:
             nearest = dequantize(quantize(original, options.qtype, threads=options.threads), options.qtype)

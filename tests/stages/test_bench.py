@@ -152,6 +152,8 @@ def test_the_command_reads_a_file_prints_a_table_and_says_what_is_left_out(folde
         ("model: x.gguf\nrivals: {a: b, '': c}", "line 2: each of rivals needs a name of its own"),
         (f"model: x.gguf\nrivals: {{{'a' * 80}b: c, {'a' * 80}d: e}}", "line 2: each of rivals needs a name"),
         ("model: x.gguf\nrivals: {a: b}\ntexts: {wiki: gone.txt}", "line 3: wiki names"),
+        (f"model: x.gguf\nrivals: {{a: b}}\ntexts: {{wiki: {'t' * 300}}}", "line 3: wiki names"),
+        ("model: x.gguf\nrivals: {a: b}\ntexts: {wiki: ~nobody-here/t.txt}", "line 3: wiki names"),
         ("model: x.gguf\nrivals: {a: b}\nlevels: 3", "no field 'levels'"),
         ("model: [", "no YAML"),
     ],
@@ -161,6 +163,12 @@ def test_faults_of_a_file_have_their_line(tmp_path, words, found):
     with pytest.raises(BadInput) as caught:
         read_bench(tmp_path / "b.yaml")
     assert found in caught.value.found
+
+
+@pytest.mark.parametrize("place", ["r" * 300, "~nobody-here/r.gguf"])
+def test_places_that_no_file_can_have_are_left_to_be_told_with_their_rival(tmp_path, place):
+    (tmp_path / "b.yaml").write_text(f"model: x.gguf\nrivals: {{a: {place}}}")
+    assert read_bench(tmp_path / "b.yaml").rivals == {"a": place}
 
 
 def test_names_on_the_command_line():

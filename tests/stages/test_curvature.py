@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,7 @@ from bitladder.stages.job import Build, Job, Journal
 from bitladder.stages.sensitivity import BlockTypes, weigh
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.products import wants_half_products
-from bitladder.walk.sensitivity import CurvaturePass, Curvatures
+from bitladder.walk.sensitivity import CurvaturePass, Curvatures, SensitivityPass
 from bitladder.walk.weights import FileWeights
 
 
@@ -178,6 +179,24 @@ def test_the_embedding_is_fitted_under_what_its_errors_cost(name, tmp_path, monk
         write_with_feedback(source, Recipe("kept", "llama", kept, 0, math.nan, None), tmp_path / "out", windows)
     with GgufFile.open(fitted.file.path) as file:
         assert cost(file.raw("token_embd.weight")) < 0.3 * cost(quantize(original, "Q4_0"))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama with biases"])
+def test_gradients_that_overflow_say_nothing_and_end_nothing(name, tmp_path, monkeypatch):
+    """An embedding that is looked up only is rounded to nearest, one that is the output matrix fitted as that."""
+    path, windows = _opened(name, tmp_path, 12)
+    embedding = SensitivityPass._embedding
+    monkeypatch.setattr(
+        SensitivityPass, "_embedding",
+        lambda self, states: replace(one := embedding(self, states), curvature=one.curvature * np.inf),
+    )  # fmt: skip
+    with GgufFile.open(path) as source:
+        kinds = {info.name: "Q4_0" if is_quantizable(info) else info.qtype for info in source.model.tensors}
+        fitted = write_with_feedback(source, Recipe("test", "llama", kinds, 0, math.nan, None), tmp_path, windows)
+        nearest = quantize(FileWeights(source)("token_embd.weight"), "Q4_0")
+        tied = "output.weight" not in {info.name for info in source.model.tensors}
+    with GgufFile.open(fitted.file.path) as file:
+        assert np.array_equal(file.raw("token_embd.weight").reshape(nearest.shape), nearest) != tied
 
 
 def test_rows_of_heads_are_fitted_together(tmp_path, monkeypatch):

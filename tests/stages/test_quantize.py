@@ -370,6 +370,38 @@ def test_two_writers_of_one_file(tmp_path, tiny):
         writer.discard()
 
 
+def test_a_header_that_the_disk_takes_in_pieces_is_whole(tmp_path, tiny, monkeypatch):
+    """A disk that fills up takes a part of what it is given, and fails at the next call only."""
+    with GgufFile.open(tiny) as source:
+        (whole,) = quantize_levels(source, ["Q8_0"], tmp_path / "whole")
+        write_at = gguf_writer.system.write_at
+        monkeypatch.setattr(
+            gguf_writer.system, "write_at", lambda file, data, at: write_at(file, memoryview(data)[:1000], at)
+        )
+        (torn,) = quantize_levels(source, ["Q8_0"], tmp_path / "torn")
+    assert torn.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_a_writer_that_gives_up_holds_its_file_until_it_is_gone(tmp_path, tiny, monkeypatch):
+    from bitladder.files.level_files import draft_level
+
+    with GgufFile.open(tiny) as source:
+        part = draft_level(source.model, "Q8_0", tmp_path / "out").parts[0]
+        writer, unlink, seen = GgufWriter(part.path, part.plan, "x"), Path.unlink, []
+
+        def meddling(path, **options):
+            with pytest.raises(OutputError, match="is being written by another process"):
+                GgufWriter(part.path, part.plan, "x")
+            seen.append(path.name)
+            monkeypatch.undo()
+            unlink(path, **options)
+
+        monkeypatch.setattr(Path, "unlink", meddling)
+        writer.discard()
+    assert seen == [writer.partial.name]
+    assert files_in(tmp_path / "out") == []
+
+
 def test_a_source_that_changes_under_our_hands(tmp_path, tiny, monkeypatch):
     def meddling(weights, qtype, **more):
         os.utime(tiny, ns=(1, 1))

@@ -151,6 +151,16 @@ def test_a_killed_run_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch, wher
     assert [path.name for path in resumed.parent.iterdir()] == [resumed.name]
 
 
+@pytest.mark.parametrize("left", [b"", b"PK", b"\x93NUMPY"])
+def test_notes_that_are_not_whole_are_nothing_to_go_on_from(tmp_path, left):
+    notes = tuning._Notes(tmp_path / "tuning.npz", "a")
+    notes.save({"moved": np.ones(3)})
+    assert list(notes.load()) == ["moved"]
+    assert tuning._Notes(tmp_path / "tuning.npz", "b").load() is None
+    (tmp_path / "tuning.npz").write_bytes(left)
+    assert notes.load() is None
+
+
 def test_too_few_windows_to_hold_some_out(tiny, tmp_path):
     source, made, fitting, own = tiny
     few = write_with_feedback(source, made, tmp_path, fitting, settings=SETTINGS, tuning=own[:9])

@@ -317,6 +317,13 @@ def test_matrices_with_a_column_for_each_output_are_packed_upright(level, made, 
         assert_close(own, other(torch.from_numpy(some_tokens())).logits)
 
 
+def test_a_head_is_fitted_to_what_it_reads_whatever_else_a_layer_hands_on(made, tmp_path):
+    """States hold the inputs of every layer, too, beside what the head reads."""
+    _, checkpoint, gguf = made["gemma4 small"]
+    weights, _ = calibrated(gguf, checkpoint, "MLX-4bit-g32", tmp_path)
+    assert any("embed_tokens" in one for one in weights)
+
+
 @pytest.mark.parametrize("level", ["INT8-W8A8", "FP8-DYNAMIC"])
 def test_matrices_that_readers_would_turn_are_refused(level, made, tmp_path):
     _, checkpoint, gguf = made["gpt2"]

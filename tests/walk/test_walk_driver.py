@@ -238,6 +238,20 @@ def test_a_killed_walk_keeps_what_observers_have_and_goes_on(layer, tmp_path, mo
     assert not list((tmp_path / "kept").iterdir())
 
 
+@pytest.mark.parametrize("left", [b"", b"PK", None])
+def test_arrays_that_are_not_whole_are_nothing_to_go_on_from(layer, tmp_path, left):
+    states, folder = layer[1](64).groups[0].states, tmp_path / "kept"
+    Keep(folder, "a").save(1, [([0], states)], [{"sums": np.ones(3)}])
+    tokens, width = states.everything.shape
+    assert Keep(folder, "a").load(tokens, width).layer == 1
+    [arrays] = folder.glob("*.npz")
+    if left is None:
+        arrays.unlink()
+    else:
+        arrays.write_bytes(left)
+    assert Keep(folder, "a").load(tokens, width) is None
+
+
 def test_states_that_nobody_went_on_from_go(layer, tmp_path):
     states, folder = layer[1](64).groups[0].states, tmp_path / "kept"
     Keep(folder, "old").save(1, [([0], states)])

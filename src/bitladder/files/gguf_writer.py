@@ -216,14 +216,16 @@ class GgufWriter:
 
     def write(self, number: int, at: int, data: Buffer) -> None:
         """Write a piece of tensor ``number``, ``at`` bytes from its start."""
-        view = memoryview(data)
-        position = self.plan.offsets[number] + at
         try:
-            while view:
-                written = system.write_at(self._file, view, position)
-                view, position = view[written:], position + written
+            self._write_at(data, self.plan.offsets[number] + at)
         except OSError as error:
             raise cannot_write(self.path, error, self.plan.size) from error
+
+    def _write_at(self, data: Buffer, position: int) -> None:
+        view = memoryview(data)
+        while view:  # a disk that is nearly full takes a part, and says so at the next call
+            written = system.write_at(self._file, view, position)
+            view, position = view[written:], position + written
 
     def read(self, number: int, at: int, count: int) -> bytes:
         """Read ``count`` bytes of tensor ``number`` again, from byte ``at`` on."""
@@ -254,7 +256,7 @@ class GgufWriter:
         if len(header) != len(self.plan.header):
             raise ValueError(f"the header has {len(header)} bytes, {len(self.plan.header)} were laid out")
         try:
-            system.write_at(self._file, header, 0)
+            self._write_at(header, 0)
             if system.WINDOWS:  # which renames no open file
                 self.close()
             put_in_place(self.partial, self.path)  # still locked: nobody may take the file up under its old name
@@ -271,9 +273,11 @@ class GgufWriter:
 
     def discard(self) -> None:
         """Let go and remove everything."""
-        self.close()
-        self.partial.unlink(missing_ok=True)
+        if system.WINDOWS:  # which removes no open file
+            self.close()
+        self.partial.unlink(missing_ok=True)  # still locked: nobody may take up what goes
         self.journal.unlink(missing_ok=True)
+        self.close()
 
 
 class Flusher:

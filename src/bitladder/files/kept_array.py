@@ -1,9 +1,10 @@
-"""An array that a long job leaves behind when it is killed, for the next one like it to go on from."""
+"""Arrays that a long job leaves behind when it is killed, for the next one like it to go on from."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,18 @@ from bitladder.errors import OutputError
 from bitladder.files.atomic import written_aside
 
 SECONDS_BETWEEN = 30.0
+_NOT_WHOLE = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile)
+"""What reading a file raises that is not there, was cut short, or is not one of ours."""
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
+    """The arrays of an ``.npz`` file by name, or None where there is nothing whole."""
+    try:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            return None if isinstance(found, np.ndarray) else dict(found)
+    except _NOT_WHOLE:
+        return None
 
 
 class KeptArray:
@@ -37,7 +50,7 @@ class KeptArray:
             return None
         try:
             found = np.load(self._path, allow_pickle=False)
-        except (OSError, ValueError, EOFError, MemoryError):  # none, cut short, or not one of ours
+        except _NOT_WHOLE:
             return None
         return found if isinstance(found, np.ndarray) and found.dtype == self._dtype else None
 

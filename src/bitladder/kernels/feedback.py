@@ -108,7 +108,9 @@ def quantize_with_feedback(
     return Blocks(fed, float(np.minimum(cost, plain_cost).sum()), float(plain_cost.sum()))
 
 
-def quantize_heads(weights: F32, qtype: str, curvature: F32, fit: Callable[[F32], Blocks]) -> Blocks:
+def quantize_heads(
+    weights: F32, qtype: str, curvature: F32, fit: Callable[[F32], Blocks], *, threads: int = 1
+) -> Blocks:
     """Store weights of which errors of a head's rows cost more or less together: rows are chosen some at a time, those
     that cost most first, and what earlier rows of a head are off moves the targets of its later ones, as feedback does
     with columns (the two-sided rounding of YAQA, arXiv:2505.22988).
@@ -119,6 +121,7 @@ def quantize_heads(weights: F32, qtype: str, curvature: F32, fit: Callable[[F32]
         curvature: f32[heads, d, d], positive definite: of d rows each. Errors D of a head's rows cost
             ``tr(C D H D^T)``, H the Hessian of what they meet.
         fit: stores rows, as ``quantize_with_feedback`` does under H.
+        threads: to read what it stored.
 
     ``cost`` and ``plain_cost`` are against the targets that rows had when their turn came.
     """
@@ -134,7 +137,7 @@ def quantize_heads(weights: F32, qtype: str, curvature: F32, fit: Callable[[F32]
         at = np.concatenate([head * size + rows for head, (rows, *_) in enumerate(turns)])
         found.append(fit(np.concatenate(targets)))
         places.append(at)
-        wrong[at] = dequantize(found[-1].data, qtype) - weights[at]
+        wrong[at] = dequantize(found[-1].data, qtype, threads=threads) - weights[at]
     data = np.concatenate([one.data for one in found])[np.argsort(np.concatenate(places))]
     return Blocks(data, sum(one.cost for one in found), sum(one.plain_cost for one in found))
 

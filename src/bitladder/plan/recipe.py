@@ -31,7 +31,7 @@ class Limits:
 
     Exactly one of ``bytes`` (of the file), ``bpw`` and ``kl`` is set; with ``kl`` the file is as small as that allows,
     else the loss. ``least_decode``: tokens per second, by ``rates``.
-    ``aim``: the share of ``kl`` to choose for, where the file must hold it and predictions are off by some percent.
+    ``aim``: the share of ``kl`` to choose for, where the file must hold it and may lose more than predicted.
     ``vram_bytes``: what the last ``gpu_layers`` layers, and the output matrix, may take there. ``speeds``: tokens per
     second by scheme, of checkpoints that have it for all linear layers; ``least_decode`` of a mix is by these."""
 

@@ -76,7 +76,7 @@ class Recipe:
 class Tuning:
     """Free numbers of a file (block scales and minima, norms) tuned so that its predictions match the source's.
 
-    ``before`` and ``after`` are mean KL divergences on ``held_out`` tokens of the calibration text that no step saw;
+    ``before`` and ``after`` are mean KL divergences on ``held_out`` tokens of the text to tune on that no step saw;
     the numbers are kept where that fell by more than chance. ``note`` says why less was done than could be.
     """
 

@@ -80,16 +80,25 @@ def _each(document: Document, plain: Any, name: str, read: Any) -> dict[str, Any
 def _place(value: Any, folder: Path) -> str:
     """A model or a rival: a file beside the bench's own by its path, anything else as it is."""
     text = values.a_string(value)
-    beside = folder / Path(text).expanduser()
-    return str(beside) if beside.exists() else text
+    return str(beside) if (beside := _beside(text, folder)) else text
 
 
 def _files(value: Any, folder: Path) -> tuple[Path, ...]:
     named = value if isinstance(value, list) else [value]
-    paths = tuple(folder / Path(values.a_string(one)).expanduser() for one in named)
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"names '{path}', which is not there")
+    paths = []
+    for text in map(values.a_string, named):
+        if (path := _beside(text, folder)) is None:
+            raise ValueError(f"names '{shortened(str(folder / text), 200)}', which is not there")
+        paths.append(path)
     if not paths:
         raise ValueError("names no file")
-    return paths
+    return tuple(paths)
+
+
+def _beside(text: str, folder: Path) -> Path | None:
+    """The file or folder that a bench means by a path; None where there is none, or there can be none."""
+    try:
+        path = folder / Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, of a user who is not known, with a zero byte
+        return None

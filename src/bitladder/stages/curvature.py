@@ -53,6 +53,9 @@ def kept_curvatures(
         state_bytes: hidden states beyond this go to files in ``spill``.
         spill: a folder.
         progress: told after each layer.
+
+    Raises:
+        BadFile, BadWeights, OutputError: as ``walk.sensitivity.SensitivityPass.run``.
     """
     some = weighing_part(windows)
     if (known := _read(_kept(source, some, half), source)) is not None:

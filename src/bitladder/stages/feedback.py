@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window, tokens_hash
@@ -42,6 +41,7 @@ from bitladder.stages.curvature import kept_curvatures
 from bitladder.stages.tuning import Tuner
 from bitladder.units import GiB
 from bitladder.walk.driver import Member, Spread, Stream, forward
+from bitladder.walk.ends import head_inputs
 from bitladder.walk.feedback import (
     FedLevel,
     FeedbackSettings,
@@ -49,9 +49,9 @@ from bitladder.walk.feedback import (
     factor_of,
     fit_matrix,
 )
-from bitladder.walk.inputs import InputStatistics, Sums, statistics_of
+from bitladder.walk.inputs import InputStatistics, statistics_of
 from bitladder.walk.keep import Keep
-from bitladder.walk.layers import LayeredModel, inference
+from bitladder.walk.layers import LayeredModel
 from bitladder.walk.opened import layered
 from bitladder.walk.sensitivity import HEADS, Curvatures
 from bitladder.walk.spread import spread_over
@@ -315,20 +315,30 @@ class _Out:
         return self.writer.plan.tensors[self._numbers[name]]
 
     def _read(self, number: int, at: int, count: int) -> NDArray[np.uint8]:
-        pieces = (self.writer.read(number, at + k, min(_PIECE_BYTES, count - k)) for k in range(0, count, _PIECE_BYTES))
+        pieces = (self.writer.read(number, at + k, size) for k, size in _pieces(count))
         return np.frombuffer(b"".join(pieces), np.uint8)
 
     def has(self, name: str) -> bool:
         """Whether a tensor is in the file, by this run or an earlier one."""
         number = self._numbers[name]
         size = self.writer.plan.tensors[number].nbytes
-        return name in self._done or self.writer.finished(
-            number, lambda read: hashlib.sha256(read(0, size)).hexdigest()
-        )
+
+        def digest(read: Callable[[int, int], bytes]) -> str:
+            whole = hashlib.sha256()
+            for at, count in _pieces(size):
+                whole.update(read(at, count))
+            return whole.hexdigest()
+
+        return name in self._done or self.writer.finished(number, digest)
 
     def unfinished(self) -> list[str]:
         """What is still to be made."""
         return [name for name in self._numbers if not self.has(name)]
+
+
+def _pieces(count: int) -> Iterator[tuple[int, int]]:
+    """Where pieces of so many bytes begin, and their sizes: systems read at most 2 GiB at a time."""
+    return ((at, min(_PIECE_BYTES, count - at)) for at in range(0, count, _PIECE_BYTES))
 
 
 def _other(job: _Job, name: str, seen: InputStatistics | None) -> Iterator[NDArray[np.uint8]]:
@@ -354,8 +364,8 @@ def _seen(job: _Job, name: str, states: States, curvatures: Curvatures | None) -
     model = job.model
     if name not in (model.output, EMBEDDING) or not _is_fitted(job.source, job.recipe, name):
         return None
-    read = _at_the_head(job, states) if name == model.output else None
-    if name != EMBEDDING or curvatures is None:
+    read = head_inputs(model, job.weights, states, job.batches) if name == model.output else None
+    if name != EMBEDDING or curvatures is None or not curvatures.embedding.any():
         return read
     tokens = sum(len(window.tokens) for window in job.windows)
     cost = tokens * curvatures.embedding
@@ -374,14 +384,3 @@ def _is_fitted(source: GgufFile, recipe: Recipe, name: str) -> bool:
     stored = source.info(name).qtype
     qtype = recipe.qtypes.get(name, stored)
     return qtype != stored and takes_feedback(qtype)
-
-
-def _at_the_head(job: _Job, states: States) -> InputStatistics:
-    """Statistics of what the output matrix reads."""
-    norm = job.model.norm(job.weights)
-    sums = Sums(job.source.model.dims.n_embd, job.model.device, gram=True)
-    with inference():
-        for batch in job.batches:
-            valid = torch.from_numpy(batch.valid).to(job.model.device)
-            sums.add(norm(states.get(batch).to(job.model.device))[valid])
-    return sums.result()

@@ -38,7 +38,7 @@ CACHES = {
     "importance": "importance matrices",
     "measured": "levels built only to be measured",
     "models": "the demo model",
-    "sensitivity": "tables of losses for recipes",
+    "sensitivity": "losses for recipes, and curvatures",
     "vectors": "vectors of calibrated levels",
     "walks": "states of stopped walks",
 }

@@ -280,7 +280,9 @@ class _Table(Resumable):
         """Add one tensor's."""
         if isinstance(sensitivity, HeadCurvature):
             self.heads[sensitivity.name] = sensitivity.blocks
-            self._left[sensitivity.name] = sensitivity.first + (1 - sensitivity.first) * share_left(sensitivity.blocks)
+            if self._choices.by_head:
+                left = sensitivity.first + (1 - sensitivity.first) * share_left(sensitivity.blocks)
+                self._left[sensitivity.name] = left
             return
         name = EMBEDDING if isinstance(sensitivity, EmbeddingSensitivity) else sensitivity.name
         if name not in self._tensors:
@@ -291,7 +293,7 @@ class _Table(Resumable):
             if isinstance(sensitivity, EmbeddingSensitivity)
             else _of_matrix(info, self._weights, sensitivity, self._inputs, self._choices, self._threads)
         )
-        if isinstance(sensitivity, Sensitivity) and self._choices.by_head and name in self._left:
+        if isinstance(sensitivity, Sensitivity) and name in self._left:
             losses = {qtype: replace(one, fed=one.fed * self._left[name]) for qtype, one in losses.items()}
         if isinstance(sensitivity, Sensitivity):
             self.importance[name] = _importance(sensitivity)

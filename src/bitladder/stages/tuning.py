@@ -8,7 +8,6 @@ as once.
 from __future__ import annotations
 
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,10 +19,11 @@ from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
 from bitladder.files.atomic import write_whole
+from bitladder.files.kept_array import SECONDS_BETWEEN, read_arrays
 from bitladder.plan.tuning import TuningChoice, chosen, finest, held_places
 from bitladder.progress import Progress
 from bitladder.records.recipe import Tuning
-from bitladder.walk.keep import SECONDS_BETWEEN, Arrays
+from bitladder.walk.keep import Arrays
 from bitladder.walk.layers import LayeredModel
 from bitladder.walk.tuned import LevelBytes, Tunable, TunedWeights
 from bitladder.walk.tuned_checkpoint import StoredLevel
@@ -151,14 +151,11 @@ class _Notes:
         self._write({**numbers, **results, **counts}, done=True)
 
     def _read(self, *, done: bool) -> Arrays | None:
-        try:
-            with self._path.open("rb") as file:
-                kept = dict(np.load(file, allow_pickle=False))
-            if str(kept.pop(_KEY)) == self._key and bool(kept.pop(_DONE)) == done:
-                return kept
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # none, or not ours: it is replaced whole
-            pass
-        return None
+        kept = read_arrays(self._path)
+        if kept is None or not {_KEY, _DONE} <= kept.keys():
+            return None
+        own = str(kept.pop(_KEY)) == self._key
+        return kept if bool(kept.pop(_DONE)) == done and own else None
 
     def _write(self, arrays: Mapping[str, NDArray[Any]], *, done: bool) -> None:
         buffer = BytesIO()

@@ -9,7 +9,7 @@ are taken some at a time: a vocabulary is large.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -22,9 +22,10 @@ from bitladder.levels import CheckpointLevel
 from bitladder.levels.checkpoints import Arrays, CheckpointFormat, digest_of_rows
 from bitladder.levels.methods import Prepared
 from bitladder.walk.driver import Stream
-from bitladder.walk.inputs import Sums
+from bitladder.walk.inputs import InputStatistics, Sums
 from bitladder.walk.layers import LayeredModel, inference
 from bitladder.walk.made import SCALE_DTYPES, naming, stored_array
+from bitladder.walk.states import Batch, States
 from bitladder.walk.weights import LevelWeights
 
 F32 = NDArray[np.float32]
@@ -63,7 +64,7 @@ def quantize_ends(
         dtype: Of what stays float.
         damp: As ``levels.methods.Method.prepare``.
         act_order: The same.
-        curvature: Of the embedding, f64[n_embd, n_embd].
+        curvature: Of the embedding, f64[n_embd, n_embd]; zeros where nothing is known of it.
 
     Raises:
         BadWeights: a weight is too large for the format, or states are not finite.
@@ -71,14 +72,17 @@ def quantize_ends(
     """
     started = monotonic()
     weights = stream.members[0].weights
-    gram, tokens = _gram(stream, model, weights)
+    at_the_head = head_inputs(model, weights, stream.states_of(len(stream.members) - 1), stream.batches)
+    tokens = at_the_head.tokens
     tensors: dict[str, torch.Tensor] = {}
     notes = []
     for own, disk in ends_of(model).items():
         is_head, linear = own == model.output, disk.removesuffix(".weight")
         with naming(None, linear):
-            read = (gram if is_head else 0) + (tokens * curvature if own == model.embedding else 0)
-            seen = level.method.prepare(np.asarray(read, np.float32), tokens=tokens, damp=damp, act_order=act_order)
+            read = np.asarray(
+                (at_the_head.gram if is_head else 0) + (tokens * curvature if own == model.embedding else 0), np.float32
+            )
+            seen = level.method.prepare(read if read.any() else None, tokens=tokens, damp=damp, act_order=act_order)
             form = level.format.of(linear)
             assert form is not None
             made = _Made(level, form, SCALE_DTYPES[dtype], str(model.device))
@@ -91,15 +95,17 @@ def quantize_ends(
     store.put_layer(model.n_layer, tensors, notes, seconds=monotonic() - started)
 
 
-def _gram(stream: Stream, model: LayeredModel, weights: LevelWeights) -> tuple[F32, int]:
-    """``X^T X`` of what the head reads, and how many tokens that were."""
-    norm, states = model.norm(weights), stream.states_of(len(stream.members) - 1)
-    sums = Sums(model.width, model.device, gram=True, largest=False)
-    for batch in stream.batches:
-        with inference():
-            x = norm(states.get(batch).to(model.device)).reshape(-1, model.width)
-            sums.add(x[torch.from_numpy(batch.valid.reshape(-1)).to(x.device)])
-    return sums.result().gram, sums.tokens
+def head_inputs(
+    model: LayeredModel, weights: LevelWeights, states: States, batches: Sequence[Batch]
+) -> InputStatistics:
+    """What the head reads where these states leave the last layer, with ``X^T X`` f32[n_embd, n_embd]; ``weights`` have
+    the last norm."""
+    norm, sums = model.norm(weights), Sums(model.model.dims.n_embd, model.device, gram=True, largest=False)
+    with inference():
+        for batch in batches:
+            valid = torch.from_numpy(batch.valid).to(model.device)
+            sums.add(norm(states.get(batch).to(model.device))[valid])
+    return sums.result()
 
 
 @dataclass

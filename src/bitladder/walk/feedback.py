@@ -127,7 +127,7 @@ def fit_matrix(
         importance=seen.squares.astype(np.float32), effort=settings.effort, threads=settings.threads,
         device=settings.device,
     )  # fmt: skip
-    blocks = fit(weights) if heads is None else quantize_heads(weights, qtype, heads, fit)
+    blocks = fit(weights) if heads is None else quantize_heads(weights, qtype, heads, fit, threads=settings.threads)
     energy = float(np.vdot(weights @ seen.gram, weights))
     note = f"Hessian not positive definite: damping raised to {factor.damp:g}" if factor.rescued else ""
     return Fitted(blocks.data, blocks.cost, energy, factor.damp, note, seen.tokens)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,12 +27,12 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.errors import OutputError
-from bitladder.files.atomic import write_whole
+from bitladder.files.atomic import write_whole, written_aside
+from bitladder.files.kept_array import SECONDS_BETWEEN, read_arrays
 from bitladder.records import to_json
 from bitladder.records.reading import read_json
 from bitladder.walk.states import States
 
-SECONDS_BETWEEN = 30.0
 _GIVEN_UP_S = 24 * 3600.0
 """States of other walks that are older than this go: they take gigabytes, and nobody went on from them."""
 
@@ -91,13 +90,10 @@ class Keep:
             files = [self._folder / Path(name).name for name in note.files]
             if note.key != self._key or any(file.stat().st_size != tokens * width * 4 for file in files):
                 return None
-            arrays: dict[str, NDArray[Any]] = {}
-            if note.arrays:
-                with (self._folder / Path(note.arrays).name).open("rb") as file:
-                    arrays = dict(np.load(file, allow_pickle=False))
-            return Kept(note.layer, note.groups, files, arrays)
-        except (OSError, ValueError, zipfile.BadZipFile):  # none, or not ours: notes are replaced whole
+        except (OSError, ValueError):  # none, or not ours: notes are replaced whole
             return None
+        arrays = read_arrays(self._folder / Path(note.arrays).name) if note.arrays else {}
+        return None if arrays is None else Kept(note.layer, note.groups, files, arrays)
 
     def due(self) -> bool:
         """Whether the last save was long enough ago."""
@@ -118,7 +114,8 @@ class Keep:
             for name, (_, states) in zip(files, groups, strict=True):
                 states.everything.numpy().tofile(self._folder / name)
             if named:
-                np.savez(self._folder / named, **arrays)  # type: ignore[arg-type]
+                with written_aside(self._folder / named) as file:
+                    np.savez(file, **arrays)  # type: ignore[arg-type]
             write_whole(self._note, json.dumps(to_json(note)))
             self._remove(but={*files, named, self._note.name})
         except OSError as error:

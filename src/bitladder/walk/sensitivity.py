@@ -11,8 +11,10 @@ them a diagonal), that is a sum over rows r of
 
     G_r (D_r H D_r^T) / T,      H = X^T X,   G_r = sum of g_r^2,   T tokens
 
-so a matrix's sensitivities are its Hessian and one number per row. States of all layers are kept, on disk when they
-outgrow memory, and gradients travel back through one layer of weights at a time.
+so a matrix's sensitivities are its Hessian and one number per row. Beyond that, gradients tell which errors cost little
+together: of the rows of a head of queries or keys (``HeadCurvature``), of the embedding's channels
+(``EmbeddingSensitivity``). States of all layers are kept, on disk when they outgrow memory, and gradients travel back
+through one layer of weights at a time.
 """
 
 from __future__ import annotations
@@ -116,11 +118,14 @@ def embedding_curvature(head: Sensitivity, embedding: EmbeddingSensitivity) -> F
 
     As output row t costs the mean of ``p_t (1 - p_t) (D_t x)^2``; as embedding ``(D_t g)^2`` as often as t occurs,
     which is the mean of p_t. So rows of all frequencies weigh both alike: ``E[x x^T]`` and ``E[g g^T] / s``, with s
-    the sum over t of the mean of ``p_t (1 - p_t)``. ``E[g g^T]`` is shrunk towards its diagonal (``gptq.shrink``).
+    the sum over t of the mean of ``p_t (1 - p_t)``. ``E[g g^T]`` is shrunk towards its diagonal (``gptq.shrink``);
+    zeros where gradients are not finite, which say nothing.
     """
     curvature = embedding.curvature.copy()
     gptq.shrink(curvature, int(embedding.counts.sum()))
-    return curvature if head.name != EMBEDDING else curvature / (float(head.rows.sum()) / head.predictions)
+    if head.name == EMBEDDING:
+        curvature /= float(head.rows.sum()) / head.predictions
+    return curvature if np.isfinite(curvature).all() else np.zeros_like(curvature)
 
 
 Take = Callable[[Sensitivity | EmbeddingSensitivity | HeadCurvature], None]
@@ -195,7 +200,13 @@ class SensitivityPass:
         self._random = torch.Generator(device="cpu").manual_seed(SEED)
 
     def run(self, take: Take, progress: Progress) -> None:
-        """Hand every tensor's sensitivity to ``take``, the output matrix's first, the embedding's last."""
+        """Hand every tensor's sensitivity to ``take``, the output matrix's first, the embedding's last, curvatures of
+        heads before the matrices of their layer.
+
+        Raises:
+            BadFile, BadWeights: weights cannot be read, or are not finite.
+            OutputError: no room for states.
+        """
         n_layer = self.model.n_layer
         total = 4.0 * n_layer + 4
         tokens = sum(batch.tokens.size for batch in self._batches)
@@ -326,7 +337,7 @@ def curvatures_of(
     half: bool,
     progress: Progress,
 ) -> Curvatures:
-    """Curvatures from gradients on windows; arguments as of ``SensitivityPass``."""
+    """Curvatures from gradients on windows; arguments and errors as of ``SensitivityPass``."""
     found: list[Sensitivity | EmbeddingSensitivity | HeadCurvature] = []
     passes = CurvaturePass(model, weights, batches_of(windows), state_bytes=state_bytes, spill=spill, half=half)
     passes.run(found.append, progress)
