@@ -4,10 +4,10 @@
         [--ours DIR] [--threads 2] [--json FILE]
 
 Theirs: the file that llama-quantize makes with an importance matrix of the same tokens (llama.cpp's mix of types, bytes
-of ggml's own quantizers). Ours: a recipe of as many bytes with error feedback (``--ours``: the folder that
-quality_per_byte kept). All answer the starter workload greedily in the real engine. Printed: inputs passed, answers
-equal to the 16-bit model's, how many tokens agree before an answer parts from it, chrF to it; and for the last two the
-p-value of the paired permutation test between both sides.
+of ggml's own quantizers). Ours: a recipe of as many bytes with error feedback, of types as ``bitladder recipe`` chooses
+them (``--ours``: the folder that quality_per_byte kept). All answer the starter workload greedily in the real engine.
+Printed: inputs passed, answers equal to the 16-bit model's, how many tokens agree before an answer parts from it, chrF
+to it; and for the last two the p-value of the paired permutation test between both sides.
 """
 
 import argparse
@@ -28,12 +28,13 @@ from bitladder.engines.llama import LlamaServer
 from bitladder.files.gguf import GgufFile
 from bitladder.files.workloads import STARTER, load_workload
 from bitladder.formats.recipes import assign
-from bitladder.plan.recipe import Limits, choose, recipe_bytes
+from bitladder.plan.recipe import Limits, choose, recipe_bytes, wants_low
 from bitladder.records.evaluation import Answer
+from bitladder.records.recipe import SensitivityTable
 from bitladder.stages.evaluate import answer_workload, judge_answers
 from bitladder.stages.feedback import write_with_feedback
 from bitladder.stages.imatrix import importance_matrix
-from bitladder.stages.sensitivity import sensitivity_table
+from bitladder.stages.sensitivity import BlockTypes, weigh
 from bitladder.stages.write_levels import quantize_levels
 from bitladder.stats.paired import sign_flip
 from bitladder.walk.feedback import FeedbackSettings
@@ -87,7 +88,7 @@ def main() -> int:
             windows = fitting_windows(server, source, options.calibrate, options.fit_tokens)
         importance = importance_matrix(source, windows, threads=options.threads).vectors()
         theirs = GgmlQuantizer(FileWeights(source), importance, options.ours / "ggml")
-        table = None
+        tables: dict[bool, SensitivityTable] = {}
         reference = answers(options.model, options.threads)
         passed = sum(one.passed for one in reference)
         print(f"{'level':8} {'side':10} {'passed':>7} {'equal':>6} {'agreeing tokens':>16} {'chrF':>6}")
@@ -99,11 +100,14 @@ def main() -> int:
             }
             there = sorted((options.ours / level).glob("*.gguf"))
             if not there:
-                table = table or sensitivity_table(source, windows[::3], threads=options.threads)
                 size, _ = recipe_bytes(
                     source.model, assign(level, source.model.tensors, source.model.dims, has_importance=True)
                 )
-                recipe = replace(choose(table, source.model, Limits(bytes=size)), expected_kl=None)
+                limits = Limits(bytes=size)
+                if (low := wants_low(source.model, limits)) not in tables:
+                    choices = BlockTypes(low=low)
+                    tables[low] = weigh(source, windows[::3], threads=options.threads, choices=choices).table
+                recipe = replace(choose(tables[low], source.model, limits), expected_kl=None)
                 settings = FeedbackSettings(threads=options.threads)
                 written = write_with_feedback(source, recipe, options.ours / level, windows, settings=settings)
                 there = [written.file.path]
