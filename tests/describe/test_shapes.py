@@ -121,8 +121,9 @@ def test_experts_and_latent_attention():
         ({"architectures": ["FooForCausalLM"]}, UnknownArchitecture, "FooForCausalLM"),
         ({"architectures": None}, UnknownArchitecture, "a none"),
         ({"hidden_size": None}, BadFile, "no hidden_size"),
+        ({"hidden_size": 0}, BadFile, "has 0 as hidden_size"),
         ({"num_hidden_layers": "16"}, BadFile, "num_hidden_layers is '16'"),
-        ({"vocab_size": -1}, BadFile, "vocab_size is -1"),
+        ({"vocab_size": -1}, BadFile, "vocab_size is -1, not a whole number from 0 to 2,147,483,647"),
         ({"vocab_size": True}, BadFile, "vocab_size is True"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from bitladder.describe.shapes import Shape
 from bitladder.errors import BadFile, BadInput, FetchError, OutputError, UsageError
 from bitladder.files import demo, local_stores
-from bitladder.files.checkpoint import read_checkpoint
+from bitladder.files.checkpoint import read_checkpoint, read_json_text
 from bitladder.files.describe_source import describe
 from bitladder.files.sources import resolve
 from bitladder.files.stub_gguf import N_VOCAB, write_stub
@@ -206,3 +206,10 @@ def test_lm_studio_folders(tmp_path, monkeypatch):
         resolve("lmstudio:maker/tinny")
     with pytest.raises(BadInput):
         resolve("lmstudio:../../..")
+
+
+def test_infinities_of_a_configuration_are_read_and_what_is_no_number_is_not():
+    """Mamba's bounds of time steps are written so."""
+    assert read_json_text(b'{"time_step_limit": [0.0, Infinity]}', "config.json")["time_step_limit"][1] == float("inf")
+    with pytest.raises(BadFile, match="it holds NaN, which is no number"):
+        read_json_text(b'{"rms_norm_eps": NaN}', "config.json")

@@ -1,6 +1,7 @@
 """The user's own texts: lines, characters and marks of files as they occur."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,18 @@ def test_files_of_one_name_are_two_documents(tmp_path):
         path.write_text(f"Of {path.parent.name}.")
     named = {document.name: document.text for document in read_texts(paths)}
     assert named == {"report": "Of spring.", "report (2)": "Of summer.", "report (3)": "Of autumn."}
+
+
+def test_a_text_that_is_given_twice_is_one_document(tmp_path):
+    """As two it would make intervals of what nothing is known about."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("The same words.")
+    assert [one.name for one in read_texts([tmp_path / "a.txt", tmp_path / "a.txt", tmp_path])] == ["a"]
+
+
+def test_what_never_ends_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitladder.files.texts._LARGEST", 1000)
+    with pytest.raises(BadInput, match="/dev/zero has more than 1000 B"):
+        read_texts([Path("/dev/zero")])
+    (tmp_path / "t.txt").write_text("t" * 1000)
+    assert len(texts(tmp_path / "t.txt")[0]) == 1000

@@ -32,6 +32,11 @@ def layer_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def not_a_count(name: str, key: str, value: object) -> str:
+    """What is wrong with a figure of a config.json, in words."""
+    return f"config.json of {name}: {key} is {repr(value)[:60]}, not a whole number from 0 to {LARGEST - 1:,}."
+
+
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language part over what stands outside of it; parts in parts are followed three deep."""
     merged = dict(config)
@@ -65,10 +70,7 @@ class Config:
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
-                raise BadFile(
-                    f"config.json of {self.name}: {key} is {repr(value)[:60]}, not a whole number.",
-                    do="Fetch it again.",
-                )
+                raise BadFile(not_a_count(self.name, key, value), do="Fetch it again.")
             return value
         return 0
 

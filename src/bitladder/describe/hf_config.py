@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bitladder.describe.config_keys import not_a_count
 from bitladder.describe.dims import MAX_LAYERS
 from bitladder.describe.header_keys import LARGEST
 from bitladder.describe.shapes import Shape
@@ -78,7 +79,7 @@ class _Numbers:
         if value is None:
             return 0
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
-            raise BadFile(f"config.json of {self.name}: {key} is {value!r}, not a whole number.", do="Fetch it again.")
+            raise BadFile(not_a_count(self.name, key, value), do="Fetch it again.")
         return value
 
     def need(self, key: str, most: int = LARGEST) -> int:
@@ -90,7 +91,8 @@ class _Numbers:
             )
         if value < 1:
             raise BadFile(
-                f"config.json of {self.name} has no {key}.", means="It is no language model's, or it was cut short."
+                f"config.json of {self.name} has {'no' if self.values.get(key) is None else '0 as'} {key}.",
+                means="It is no language model's, or it was cut short.",
             )
         return value
 

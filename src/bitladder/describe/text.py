@@ -111,13 +111,16 @@ def _named_languages(document: Document) -> tuple[str, ...]:
 
 
 def told_apart(documents: Iterable[Document]) -> list[Document]:
-    """The same documents, no two of one name, since intervals resample them by it: later ones are numbered,
+    """Each text once, and no two under one name, since intervals resample documents by it: later ones are numbered,
     ``report (2)``."""
     found: dict[str, Document] = {}
+    texts: set[str] = set()
     for document in documents:
-        numbered = (f"{document.name} ({number})" for number in count(2))
-        name = next(name for name in chain([document.name], numbered) if name not in found)
-        found[name] = replace(document, name=name)
+        if document.text not in texts:
+            texts.add(document.text)
+            numbered = (f"{document.name} ({number})" for number in count(2))
+            name = next(name for name in chain([document.name], numbered) if name not in found)
+            found[name] = replace(document, name=name)
     return list(found.values())
 
 

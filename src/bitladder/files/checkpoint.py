@@ -136,13 +136,20 @@ def read_json_text(raw: bytes, where: str) -> Any:
     if raw.startswith(_LFS_POINTER):
         raise lfs_pointer(where)
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"), parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         found = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
         raise BadFile(f"{where} cannot be read as JSON: {found}", do="Copy the file again.") from error
     if _deeper_than(value, MAX_DEPTH):
         raise BadFile(f"{where} is nested more than {MAX_DEPTH} deep.", means="No file of a checkpoint is.")
     return value
+
+
+def _constant(name: str) -> float:
+    """Python's writer leaves infinities in real configurations (time steps without a bound); NaN is nothing's value."""
+    if name == "NaN":
+        raise ValueError("it holds NaN, which is no number")
+    return float(name)
 
 
 def _deeper_than(value: Any, depth: int) -> bool:

@@ -12,6 +12,9 @@ from bitladder import json_text, unicode
 from bitladder.describe.seed import Seed
 from bitladder.describe.text import Document, told_apart
 from bitladder.errors import BadInput
+from bitladder.units import MiB, human_bytes
+
+_LARGEST = 256 * MiB
 
 
 def shipped_texts(folder: str = "texts") -> list[Document]:
@@ -76,7 +79,15 @@ def _read(path: Path) -> Iterator[Document]:
 
 def _text(path: Path) -> str:
     try:
-        return unicode.decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST + 1)
+        if len(raw) > _LARGEST:
+            raise BadInput(
+                f"{path} has more than {human_bytes(_LARGEST)}.",
+                means="Some thousand tokens are measured or calibrated on.",
+                do="Give a part of it.",
+            )
+        return unicode.decoded(raw).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise BadInput(
             f"{path} is no UTF-8 text: byte {error.start} cannot be read.",

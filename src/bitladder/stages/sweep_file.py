@@ -160,10 +160,12 @@ def _ladders(document: Document, value: Any) -> list[tuple[Level, ...]]:
     if value is None:
         return []
     if not isinstance(value, list) or not value:
-        document.faults.append(document.fault("levels must be a list, such as [Q8_0, Q4_K_M].", "levels"))
+        document.faults.append(
+            document.fault("levels must be a list that is not empty, such as [Q8_0, Q4_K_M].", "levels")
+        )
         return []
     nested = all(isinstance(item, list) for item in value)
-    found = []
+    ladders = []
     for number, ladder in enumerate(value if nested else [value]):
         levels = []
         for place, item in enumerate(ladder):
@@ -174,8 +176,8 @@ def _ladders(document: Document, value: Any) -> list[tuple[Level, ...]]:
                 levels.append(level)
         if not ladder:
             document.faults.append(document.fault("this ladder is empty.", "levels", number))
-        found.append(tuple(dict.fromkeys(levels)))
-    return found
+        ladders.append(tuple(dict.fromkeys(levels)))
+    return ladders
 
 
 def _model(value: Any, folder: Path) -> str:
