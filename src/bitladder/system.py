@@ -228,6 +228,17 @@ def c_library() -> Any | None:
     return None
 
 
+def own_group() -> dict[str, Any]:
+    """Options of ``subprocess.Popen`` for a child that a terminal's Ctrl-C does not reach, nor what it starts: one that
+    its parent still needs in order to end well. It must notice by itself when the parent is gone (``wait_for_parent``).
+    """
+    if WINDOWS:
+        import subprocess
+
+        return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+    return {"process_group": 0}
+
+
 def die_with_parent(on: bool = True) -> None:
     """Linux's parent-death signal: this process is killed when the *thread* that started it ends."""
     library = c_library() if LINUX else None

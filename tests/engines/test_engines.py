@@ -3,11 +3,13 @@
 import asyncio
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from importlib import metadata
 
 import httpx
+import psutil
 import pytest
 
 from bitladder.describe.criteria import KINDS
@@ -177,6 +179,14 @@ def test_its_crash_is_an_error_that_advises_a_smaller_context_where_memory_is_th
     with start(Launch(folder)) as engine, pytest.raises(EngineGone, match="was ended by SIGABRT") as gone:
         engine.chat(Chat.of(words, 1))
     assert advice in gone.value.do and ("smaller" in gone.value.do) == ("memory" in words)
+
+
+def test_a_terminals_ctrl_c_does_not_reach_it(folder):
+    """A terminal sends it to its whole group, and answers that run may still finish."""
+    with start(Launch(folder)) as engine:
+        keeper = psutil.Process(engine.pid)
+        groups = {os.getpgid(process.pid) for process in (keeper, *keeper.children())}
+    assert groups == {keeper.pid}
 
 
 @pytest.mark.parametrize("words", ["[New LWP 77]", "", "7", "{}", '{"address": 1}', "[" * 5000, "x" * 200_000])

@@ -25,7 +25,7 @@ import httpx
 from bitladder.engines.base import Launch
 from bitladder.engines.keeper import end_tree
 from bitladder.errors import EngineError, EngineGone, EngineTimeout, ModelRefused
-from bitladder.system import ended_by, spin_limit
+from bitladder.system import ended_by, own_group, spin_limit
 
 
 def with_engine_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -64,7 +64,8 @@ def ending(code: int) -> str:
 
 
 class EngineProcess:
-    """One server in a process of its own. It dies with us; its crash is an EngineError and not our end.
+    """One server in a process of its own. It dies with us; its crash is an EngineError and not our end. A terminal's
+    Ctrl-C does not reach it: what it was asked may still be answered.
 
     It runs a Python module that ends when its stdin closes: one that is the server, and prints a line of JSON with its
     ``address`` and ``version`` when it listens, or ``engines.keeper``, which keeps any other program.
@@ -109,6 +110,7 @@ class EngineProcess:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            **own_group(),
         )
         assert self._process.stderr is not None and self._process.stdout is not None
         self._readers = [
