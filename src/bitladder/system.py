@@ -89,7 +89,10 @@ def lock_alone(handle: int) -> bool:
 
 def claim(handle: int, path: Path) -> bool:
     """The same, of a file that still lies under its name: its owner may just have finished and moved it."""
-    return lock_alone(handle) and path.exists() and path.stat().st_ino == os.fstat(handle).st_ino
+    try:
+        return lock_alone(handle) and path.stat().st_ino == os.fstat(handle).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _lock_byte(handle: int) -> None:

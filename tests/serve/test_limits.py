@@ -2,10 +2,14 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import json
+import threading
 import tracemalloc
 import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -24,6 +28,7 @@ from bitladder.serve.limits import (
     new_key,
     read_body,
     read_keys,
+    revoke_key,
 )
 from bitladder.serve.protocol import MAX_VALUES, count_values, parse_request
 from bitladder.serve.settings import ServeSettings, TierSpec, UpstreamTimeouts
@@ -120,6 +125,41 @@ def test_a_key_is_added_for_each_client_once(tmp_path):
     assert not any(secret in file.read_text() for secret in secrets)
     with pytest.raises(BadInput, match="'bob' has a key"):
         add_key(file, "bob")
+
+
+def test_a_key_is_added_where_the_last_one_was_revoked(tmp_path):
+    file = tmp_path / "keys"
+    add_key(file, "alice")
+    revoke_key(file, "alice")
+    secret = add_key(file, "bob")
+    assert key_name(secret, read_keys(file)) == "bob"
+    assert [path.name for path in tmp_path.iterdir()] == ["keys"]
+
+
+def test_keys_made_at_the_same_time_are_all_kept(tmp_path, monkeypatch):
+    """Each was read by the others before it was written, were there no lock."""
+    file, names = tmp_path / "keys", [f"client{number}" for number in range(4)]
+    all_at_once, write = threading.Barrier(len(names)), limits.write_whole
+
+    def write_late(path, content):
+        with contextlib.suppress(threading.BrokenBarrierError):  # with one, nobody else comes as far
+            all_at_once.wait(0.1)
+        write(path, content)
+
+    monkeypatch.setattr(limits, "write_whole", write_late)
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(functools.partial(add_key, file), names))
+    assert sorted(key.name for key in read_keys(file)) == names
+
+
+def test_a_key_file_without_an_end_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"'/dev/zero' has more than 4194304 bytes"):
+        read_keys(Path("/dev/zero"))
+    large = tmp_path / "keys"
+    with large.open("wb") as file:
+        file.truncate(1 << 23)
+    with pytest.raises(BadInput, match=r"has more than 4194304 bytes"):
+        add_key(large, "alice")
 
 
 def test_listening_to_the_world_needs_keys_or_a_word():

@@ -8,11 +8,12 @@ import hashlib
 import hmac
 import logging
 import math
+import os
 import re
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,15 +22,19 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bitladder import unicode
-from bitladder.errors import BadInput
+from bitladder import system, unicode
+from bitladder.errors import BadInput, OutputError
 from bitladder.files.atomic import write_whole
 from bitladder.serve.protocol import Refused, header_text
+from bitladder.units import MiB
 
 log = logging.getLogger("bitladder.serve")
 
 _PORT = re.compile(r":\d+$")
 _LINE = re.compile(r"([\w.@-]{1,64}) sha256:([0-9a-f]{32}):([0-9a-f]{64})")
+_LARGEST = 4 * MiB
+"""Bytes of a key file: thirty thousand keys."""
+_WAIT_S = 30.0
 BODY_S = 60.0
 """Seconds for the whole body of a request; the caller of `read_body` keeps the time."""
 _LOOK_AGAIN_S = 1.0
@@ -70,18 +75,33 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     Raises:
         BadInput: no such file, no key in it, or a line is something else (a key in plain text, say).
     """
+    keys = _keys(_text(path), path)
+    if not keys:
+        raise BadInput(f"The key file '{path}' holds no key.", do="Make one with `bitladder key NAME --file FILE`.")
+    return keys
+
+
+def _text(path: Path) -> str:
     try:
-        text = unicode.decoded(path.read_bytes())
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST + 1)
+        text = unicode.decoded(raw)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
             f"The key file '{path}' cannot be read: {getattr(error, 'strerror', None) or error}.",
             do="Check the path; `bitladder key NAME --file FILE` makes one.",
         ) from None
+    if len(raw) > _LARGEST:
+        raise BadInput(f"'{path}' has more than {_LARGEST} bytes.", do="Give a file of keys.")
+    return text
+
+
+def _keys(text: str, path: Path) -> tuple[Key, ...]:
     keys = []
     for number, line in enumerate(unicode.lines(text), 1):
-        text = line.split("#", 1)[0].strip()
-        if text:
-            match = _LINE.fullmatch(text)
+        entry = line.split("#", 1)[0].strip()
+        if entry:
+            match = _LINE.fullmatch(entry)
             if match is None:
                 raise BadInput(
                     f"Line {number} of the key file '{path}' is no hashed key.",
@@ -89,9 +109,38 @@ def read_keys(path: Path) -> tuple[Key, ...]:
                     do="Make keys with `bitladder key NAME --file FILE`; it prints the key once and keeps the hash.",
                 )
             keys.append(Key(*match.groups()))
-    if not keys:
-        raise BadInput(f"The key file '{path}' holds no key.", do="Make one with `bitladder key NAME --file FILE`.")
     return tuple(keys)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Nobody else changes a key file while the block runs: two that both began with what it held would each write
+    their own change alone, and a key that was handed out be lost.
+
+    Raises:
+        OutputError: its folder cannot be written, or somebody else keeps it for long.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    until = time.monotonic() + _WAIT_S
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = system.open_file(lock, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
+        while not system.claim(handle, lock):
+            os.close(handle)
+            if time.monotonic() > until:
+                raise OutputError(f"{path} is being changed by another process.", do="Wait for it to end.")
+            time.sleep(0.01)
+            handle = system.open_file(lock, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}.", do="Name another place with --file."
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file: there it stays
+            lock.unlink()
+        os.close(handle)
 
 
 def add_key(path: Path, name: str) -> str:
@@ -101,15 +150,16 @@ def add_key(path: Path, name: str) -> str:
         BadInput: the name cannot be one or has a key already, or the file is no key file.
         OutputError: the file cannot be written.
     """
-    known = read_keys(path) if path.exists() else ()
-    if any(key.name == name for key in known):
-        raise BadInput(
-            f"'{name}' has a key in '{path}' already.", do=f"`bitladder key revoke {name} --file {path}` takes it away."
-        )
     secret, key = new_key(name)
-    path = path.resolve()  # where the file is kept by a link, that stays one
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_whole(path, f"{text}{'' if text.endswith(chr(10)) or not text else chr(10)}{key}\n")
+    there = path.resolve()  # where the file is kept by a link, that stays one
+    with _alone(there):
+        text = _text(path) if path.exists() else ""
+        if any(known.name == name for known in _keys(text, path)):
+            raise BadInput(
+                f"'{name}' has a key in '{path}' already.",
+                do=f"`bitladder key revoke {name} --file {path}` takes it away.",
+            )
+        write_whole(there, f"{text}{'' if text.endswith(chr(10)) or not text else chr(10)}{key}\n")
     return secret
 
 
@@ -120,13 +170,15 @@ def revoke_key(path: Path, name: str) -> None:
         BadInput: there is no key of that name, or the file is no key file.
         OutputError: the file cannot be written.
     """
-    known = [key.name for key in read_keys(path)]
-    if name not in known:
-        raise BadInput(f"'{name}' has no key in '{path}'.", do=f"There are keys of: {', '.join(known)}.")
-    path = path.resolve()
-    lines = unicode.lines(unicode.decoded(path.read_bytes()))
-    kept = [line for line in lines if line.split("#", 1)[0].strip().split(" ", 1)[0] != name]
-    write_whole(path, "".join(f"{line}\n" for line in kept))
+    read_keys(path)  # where there are none, no folder is made for a lock
+    there = path.resolve()
+    with _alone(there):
+        text = _text(path)
+        known = [key.name for key in _keys(text, path)]
+        if name not in known:
+            raise BadInput(f"'{name}' has no key in '{path}'.", do=f"There are keys of: {', '.join(known)}.")
+        kept = [line for line in unicode.lines(text) if line.split("#", 1)[0].strip().split(" ", 1)[0] != name]
+        write_whole(there, "".join(f"{line}\n" for line in kept))
 
 
 class KeyRing:
