@@ -91,4 +91,8 @@ def console(**options: Any) -> Console:
             for segment in super().render(renderable, options):
                 yield segment if segment.control else segment._replace(text=visible(segment.text))
 
+        def on_broken_pipe(self) -> None:
+            """Leave it to whoever printed: rich's own ends the program, with exit code 1."""
+            raise  # noqa: PLE0704 - rich calls this while it handles the error
+
     return Careful(**{"markup": False, "emoji": False, **options})

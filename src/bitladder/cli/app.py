@@ -66,7 +66,7 @@ for module in (
 
 
 def main() -> None:
-    """Entry point of the ``bitladder`` command."""
+    """Set up the process, and do what the command line says."""
     write_plainly(sys.stdout)
     write_plainly(sys.stderr)
     # what is imported and read stays: looking through it again and again, and once more at the end, takes 0.1 s

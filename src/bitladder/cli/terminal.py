@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bitladder.cli.completion import model_names
+from bitladder.cli.ending import INTERRUPTED, say_stopped
 from bitladder.errors import BitladderError
 from bitladder.progress import Progress, StepsOnly, silent
 from bitladder.records import to_json
@@ -35,9 +36,6 @@ ModelArgument = Annotated[
     ),
 ]
 
-INTERRUPTED = 130
-"""Exit code of a program that Ctrl-C ended (128 + SIGINT)."""
-
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
     """Turn our errors into one clear message and an exit code; Ctrl-C into a word about what is kept."""
@@ -50,11 +48,10 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
             show_error(error, as_json=bool(kwargs.get("json_output")))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            print("\nStopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+            say_stopped()
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            sys.stderr.close()  # the reader of our output went away: nothing is wrong with us
-            raise typer.Exit(0) from None
+            raise typer.Exit(0) from None  # the reader of our output went away: nothing is wrong with us
 
     return wrapped
 
