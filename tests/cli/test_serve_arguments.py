@@ -240,3 +240,16 @@ def test_tiers_guess_as_the_run_decided_with_the_same_draft_and_file_alone(here)
     assert _with_guesses(replace(spec, sha256="0" * 64), "", Work(), latest).speculate is None
     write_tiny(draft, seed=6)  # another file under the same name
     assert _with_guesses(spec, "", Work(), latest).speculate is None
+
+
+def test_a_chat_template_that_does_not_end_is_refused_before_an_engine_starts(tmp_path, monkeypatch):
+    def reached(*_, **__):
+        pytest.fail("the engine would take all memory")
+
+    monkeypatch.setattr("bitladder.serve.app.serve", reached)
+    monkeypatch.setattr("bitladder.engines.registry.start", reached)
+    endless = "{% for number in range(1000000000) %}{{ number }}{% endfor %}"
+    model = write_tiny(tmp_path / "tiny-F16.gguf", template=endless)
+    for arguments in (["serve", model], ["compare", model, model, "Hello"]):
+        done = bitladder(*arguments)
+        assert done.exit_code == 8 and "does not end" in done.stderr

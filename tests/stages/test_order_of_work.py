@@ -2,7 +2,9 @@
 
 import pytest
 
+from bitladder.engines import registry
 from bitladder.errors import BadWorkload, ModelRefused
+from bitladder.files.chat_template import template_ends
 from bitladder.levels import parse_levels
 from bitladder.pipeline import run
 from bitladder.progress import silent
@@ -43,6 +45,22 @@ TEMPLATES = {
     "Ollama's": "{{ if .System }}{{ .System }}{{ end }}{{ .Prompt }}",
     "a filter that nobody has": "{% for m in messages %}{{ m.content | wobble }}{% endfor %}",
 }
+
+
+def test_a_chat_template_that_does_not_end_never_reaches_the_engine(tmp_path, monkeypatch):
+    def reached(*_):
+        pytest.fail("the engine would take all memory")
+
+    monkeypatch.setattr(registry, "start", reached)
+    endless = "{% for number in range(1000000000) %}{{ number }}{% endfor %}"
+    model = write_tiny(tmp_path / "tiny-F16.gguf", template=endless)
+    with opened(str(model), Work()) as job, pytest.raises(ModelRefused, match=r"chat template .* does not end"):
+        job.require_engine()
+
+
+@pytest.mark.parametrize("template", ["{{ 'Hi' }}", "{{ if .System }}", "{{ messages[0].content | wobble }}", " "])
+def test_other_chat_templates_are_the_engines_to_judge(template):
+    assert template_ends(template)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

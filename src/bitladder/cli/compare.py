@@ -94,10 +94,12 @@ def _engine(what: str, threads: int, keys: tuple[list[str] | None, list[str] | N
     from bitladder.engines.registry import start
     from bitladder.files.gguf import read_header
     from bitladder.plan.ladder import usable_context
+    from bitladder.stages.serve import check_template
 
     if is_address(what):
         return connected(replace(endpoint_named(what, keys[0], key_files=keys[1]), logprobs=True))
     path = Path(what)
+    check_template(path)
     return start(Launch(path, n_ctx=usable_context(read_header(path), None), threads=threads))
 
 

@@ -140,8 +140,10 @@ def serve(options: ServeOptions) -> None:
 
     from bitladder.engines.llama_program import chosen_program
     from bitladder.serve.app import serve as serve_settings
+    from bitladder.serve.deploy import specs_by_role
     from bitladder.serve.limits import read_keys
     from bitladder.serve.router import parse_rule
+    from bitladder.stages.serve import check_template
 
     program, why = chosen_program(options.engine)
     if why:
@@ -165,6 +167,8 @@ def serve(options: ServeOptions) -> None:
         open_to_all=options.open_to_all,
         program=program,
     )
+    for path in {spec.path for _, spec in specs_by_role(settings) if spec.path is not None and spec.path.is_file()}:
+        check_template(path)
     serve_settings(settings, on_ready=_ready)
 
 

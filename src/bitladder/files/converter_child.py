@@ -39,6 +39,8 @@ CHANGING_EVENTS = (
     "shutil.rmtree", "shutil.move",
 )  # fmt: skip
 """Events whose paths must lie in the work folder."""
+_MOST_WRITTEN = 1 << 22
+"""Characters that a template may make of a short chat."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -67,7 +69,7 @@ class ChildJob(ChildBounds):
     arguments: list[str]
     """Of "convert": the converter's own, the staged folder first. Of "tokenizers": the file of texts, the file to
     write, the staged folders. Of "from_gguf": the folder that holds nothing but the file, and the folder to write. Of
-    "header": those of "convert"."""
+    "header": those of "convert". Of "template": the file that holds one."""
     without_mtp: bool
     """The checkpoint has no multi-token-prediction tensors: say so to converters that ask."""
     left_out: NotRequired[list[str]]
@@ -88,7 +90,8 @@ def main() -> None:
     sys.addaudithook(_Fence(job).hook)
     if job["task"] == "tokenizers":  # they compute nothing, and transformers with torch takes four seconds to import
         sys.modules["torch"] = None  # type: ignore[assignment]
-    _close_dynamic_modules()
+    if job["task"] != "template":  # which needs no transformers
+        _close_dynamic_modules()
     _TASKS[job["task"]](job)
 
 
@@ -330,6 +333,26 @@ def _chat(tokenizer: Any, text: str) -> str | None:
         return None
 
 
+def _template(job: ChildJob) -> None:
+    """Say so when a chat template writes more of a short chat than any would."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    written = 0
+    try:
+        jinja = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+        jinja.globals["range"] = range  # engines have none of the sandbox's bounds
+        template = jinja.from_string(Path(job["arguments"][0]).read_text())
+        for piece in template.generate(messages=[*chat, chat[0]], add_generation_prompt=True):
+            written += len(piece)
+            if written > _MOST_WRITTEN:
+                raise MemoryError
+    except MemoryError:
+        print("does not end")
+    except Exception:  # it is a program: it may fail in any way
+        return
+
+
 def _from_gguf(job: ChildJob) -> None:
     """The configuration and the tokenizer's files that transformers makes of a GGUF file's header."""
     import warnings
@@ -462,7 +485,13 @@ def _write_shapes(stage: Path) -> None:
         file.truncate(8 + len(raw) + at)
 
 
-_TASKS = {"convert": _convert, "tokenizers": _tokenizers, "from_gguf": _from_gguf, "header": _header}
+_TASKS = {
+    "convert": _convert,
+    "tokenizers": _tokenizers,
+    "from_gguf": _from_gguf,
+    "header": _header,
+    "template": _template,
+}
 
 
 if __name__ == "__main__":

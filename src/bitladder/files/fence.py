@@ -19,7 +19,10 @@ from bitladder.files import converter_child
 from bitladder.files.probe import memory
 from bitladder.system import HAS_PROCESS_LIMITS
 
-_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm")
+_PACKAGES = (
+    "torch", "transformers", "numpy", "safetensors", "sentencepiece", "google.protobuf", "yaml", "tqdm", "jinja2",
+    "markupsafe",
+)  # fmt: skip
 """What the children import; the folders they lie in are their search path."""
 _INHERITED = ("LD_LIBRARY_PATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """The only variables of our environment that a child gets: how libraries are found, and how many threads to use."""

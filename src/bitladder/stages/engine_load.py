@@ -72,9 +72,11 @@ def require_engine(source: GgufFile, label: str, *, instead: str) -> None:
     """
     from bitladder.engines.base import Launch
     from bitladder.engines.registry import start
+    from bitladder.files.chat_template import OTHER_TEMPLATE, refuse_endless
 
     if _noted(source, _CHATS) == "":
         return
+    refuse_endless(source.metadata, label)
     try:
         with start(Launch(source.path, n_ctx=64, threads=1)):
             pass
@@ -88,10 +90,7 @@ def require_engine(source: GgufFile, label: str, *, instead: str) -> None:
             "the engine, or was cut short."
             if template
             else "This build of the engine lacks the architecture, or a variant of it, or cannot read its tokenizer.",
-            do="Put the original's template into the file (tokenizer.chat_template). `plan`, `quantize`, `measure` and "
-            "`recipe` work without one."
-            if template
-            else instead,
+            do=OTHER_TEMPLATE if template else instead,
             reason=refusal.reason,
         ) from refusal
     except (EngineGone, EngineTimeout):

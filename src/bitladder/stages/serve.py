@@ -118,6 +118,14 @@ def check_reranker(path: Path) -> None:
         )
 
 
+def check_template(path: Path) -> None:
+    """Raise ModelRefused for a file whose chat template does not end."""
+    from bitladder.files.chat_template import refuse_endless
+    from bitladder.files.gguf import read_header
+
+    refuse_endless(read_header(path).metadata, f"'{path}'")
+
+
 def memory_by_slots(path: Path, n_ctx: int, slots: Sequence[int], cache: CacheTypes = F16_CACHE) -> tuple[int, ...]:
     """Bytes that a GGUF file takes with so many requests of ``n_ctx`` tokens each, for every number in ``slots``.
 
