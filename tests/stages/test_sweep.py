@@ -168,6 +168,14 @@ def test_a_full_disk_ends_a_sweep_and_frees_its_claim(here):
     assert [row.state for row in rows] == [SweepState.STORED, SweepState.DONE]
 
 
+def test_what_a_file_names_twice_is_one_job(here):
+    (here / "same.gguf").write_bytes((here / "a.gguf").read_bytes())
+    twice = "models: [a.gguf, a.gguf, same.gguf]\nlevels: [[Q8_0], [Q8_0]]\nworkloads: [w.yaml, w.yaml]\n"
+    assert len(jobs_of(here, twice + "bars: [kl < 1, kl < 1]\n")) == 1
+    done = CliRunner().invoke(app, ["sweep", "jobs.yaml", "--plan"])
+    assert done.exit_code == 0 and "1 jobs" in done.output
+
+
 def test_what_a_sweep_takes_counts_what_is_shared_once(here):
     text = "models: [a.gguf, b.gguf]\nlevels: [Q8_0, Q4_K_M]\nbars: [kl < 0.1, kl < 0.2]\nprice: {hour: 3.6}\n"
     jobs = jobs_of(here, text)

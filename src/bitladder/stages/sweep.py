@@ -71,7 +71,8 @@ def sweep_jobs(
     unit_needs: str = RunSettings.unit_needs,
     progress: Progress = silent,
 ) -> list[SweepJob]:
-    """The jobs of a sweep, those of one model together, so that what the first one builds and measures the others find.
+    """The jobs of a sweep, those of one model together, so that what the first one builds and measures the others find;
+    what the file names twice is one job.
 
     Raises:
         BadInput: a file cannot be read.
@@ -82,7 +83,7 @@ def sweep_jobs(
     texts = text_hash(documents(sweep.texts))
     identities = {model: _identity(model, progress) for model in sweep.models}
     workloads = {workload: load_workload(workload) for workload in sweep.workloads}
-    made = []
+    made: dict[str, SweepJob] = {}
     for model, ladder, workload, bar in sweep.jobs:
         levels = tuple(level.name for level in ladder or ())
         key = {
@@ -103,8 +104,8 @@ def sweep_jobs(
             threads=threads, device=device, on=on, unit_needs=unit_needs, effort=sweep.effort, imatrix=sweep.imatrix,
         )  # fmt: skip
         row = SweepRow(digest, model, levels, workloads[workload].name, bar or "")
-        made.append(SweepJob(key, row, settings))
-    return made
+        made.setdefault(digest, SweepJob(key, row, settings))
+    return list(made.values())
 
 
 def _identity(model: str, progress: Progress) -> str:
