@@ -176,6 +176,16 @@ def test_damaged_weights_name_their_tensor(tmp_path: Path):
         walk(source, [], windows_of(32))
 
 
+def test_a_reference_whose_predictions_overflow_is_damaged(tmp_path: Path):
+    model = tiny_models.make(CASES[FAMILY])
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.fill_(3e38)
+    with GgufFile.open(tiny_models.write(CASES[FAMILY], model, tmp_path / "loud.gguf")) as source:
+        with pytest.raises(BadWeights, match="predictions of .* are not finite") as refused:
+            walk(source, [], windows_of(32))
+    assert "damaged" in refused.value.means and refused.value.do
+
+
 def test_file_of_another_model_is_refused(pair, tmp_path: Path):
     _, source, _ = pair
     model = tiny_models.make(CASES[FAMILY], intermediate_size=128)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitladder.describe.windows import Window
-from bitladder.errors import OutputError
+from bitladder.errors import BadWeights, OutputError
 from bitladder.files.folders import cache_key
 from bitladder.files.kept_array import KeptArray
 from bitladder.progress import Part, Progress
@@ -128,7 +128,9 @@ class Ladder:
             targets = np.concatenate([self.windows[at].tokens[self.windows[at].first + 1 :] for at in order])
             n_vocab = self.model.model.dims.n_vocab
             cap, bias = self.model.logit_softcap, self.model.head_bias
-            for number, scores in enumerate(compare(inputs, targets, n_vocab, softcap=cap, bias=bias)):
+            compared = compare(inputs, targets, n_vocab, softcap=cap, bias=bias)
+            self._check_reference(compared[0])
+            for number, scores in enumerate(compared):
                 ends = np.cumsum([self.windows[at].scored for at in order])
                 found[number].update(zip(order, scores.split(ends), strict=True))
                 mean = float(np.concatenate([one.kl for one in found[number].values()]).mean())
@@ -138,6 +140,14 @@ class Ladder:
         scored = [TokenScores.joined([one[at] for at in range(len(self.windows))]) for one in found]
         place = {member: number for number, (members, _) in enumerate(distinct) for member in members}
         return [scored[place[member]] for member in range(len(self.weights))]
+
+    def _check_reference(self, scores: TokenScores) -> None:
+        if not np.isfinite(scores.nll).all():
+            raise BadWeights(
+                f"The predictions of {self.model.model.name} are not finite.",
+                means="Its weights overflow on this text; the model is damaged, and nothing can be compared with it.",
+                do="Fetch or convert it again; a source in another precision may be sound.",
+            )
 
     def _chunks(self, limit: int) -> list[list[Batch]]:
         """Batches together as long as their scored tokens stay within the limit."""
