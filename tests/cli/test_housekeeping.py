@@ -203,6 +203,13 @@ class TestClean:
         assert not gone & left
 
 
+@pytest.mark.parametrize("days", ["0", "1000000", "99999999999999999999"])
+def test_days_that_no_calendar_has_are_refused(days):
+    for name in ("list", "clean"):
+        done = CliRunner().invoke(app, [name, "--older-than", days])
+        assert done.exit_code == 2 and "1<=x<=36500" in done.output
+
+
 def test_list_fits_a_narrow_terminal(kept):
     out = Console(file=io.StringIO(), width=80)
     found = inventory(older_than_days=30)

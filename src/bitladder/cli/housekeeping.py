@@ -14,7 +14,9 @@ from bitladder.units import human_bytes
 _UNUSED_DAYS = 30
 OlderThan = Annotated[
     int,
-    typer.Option("--older-than", metavar="DAYS", min=1, help="Days without use before something can be stale."),
+    typer.Option(
+        "--older-than", metavar="DAYS", min=1, max=36_500, help="Days without use before something can be stale."
+    ),
 ]
 
 
