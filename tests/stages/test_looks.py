@@ -2,6 +2,7 @@
 that is cut off, gone on with, and refused."""
 
 import random
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from bitladder.stages.documents import coverage, material
 from bitladder.stages.job import Build, Journal
 from bitladder.stages.looks import (
     MARGIN,
+    RESERVED_S,
     Costs,
     Countdown,
     TimeIsUp,
@@ -324,9 +326,12 @@ def test_without_time_for_kl_the_bar_stays_and_nothing_is_said_to_meet_it(home, 
 
 
 def test_too_little_time_is_refused_with_the_least_that_is_needed(home):
-    with pytest.raises(TooLittleTime, match="Q2_K, the smallest level") as refused:
-        pipeline.run(settings(home, 0.5), Heard())
-    assert "--within" in refused.value.do and not (home / "out").exists()
+    for seconds in (0.5, 2.0):  # less than what follows the last look, and no more than it
+        with pytest.raises(TooLittleTime, match="Q2_K, the smallest level") as refused:
+            pipeline.run(settings(home, seconds), Heard())
+        named = re.match(r"Write --within (\d+)s or more", refused.value.do)
+        assert named and int(named[1]) > RESERVED_S
+        assert not (home / "out").exists()
 
 
 def test_no_more_levels_are_built_than_there_is_time_to_look_at(home, monkeypatch):

@@ -61,7 +61,7 @@ def in_time(given: Given, plan: Plan, levels: Sequence[Level]) -> tuple[Given, l
     smallest = candidates[-1:]
     least = building(smallest) + costs.shortest_look([name for name in smallest if name not in known])
     if smallest and least > countdown.left:
-        least = (countdown.passed + least) * countdown.seconds / countdown.usable
+        least = countdown.whole(countdown.passed + least)
         rest = "; --imatrix none does without the importance matrix" if first else ""
         raise TooLittleTime(
             f"{human_duration(countdown.seconds)} are too short for one look at {smallest[0]}, the smallest level.",

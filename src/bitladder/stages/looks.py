@@ -94,6 +94,11 @@ class Countdown(Progress):
         """Seconds of the time that may be worked."""
         return self.seconds - self._reserved
 
+    @staticmethod
+    def whole(seconds: float) -> float:
+        """The shortest time of which so many seconds may be worked."""
+        return max(seconds + RESERVED_S, seconds / (1 - RESERVED_SHARE))
+
     @property
     def left(self) -> float:
         """Seconds that may still be worked."""
