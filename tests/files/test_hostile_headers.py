@@ -2,12 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from bitladder.describe.cache import cache_bytes, layer_caches
 from bitladder.describe.config_keys import Config
 from bitladder.describe.contradiction import check_config
+from bitladder.describe.text import Document
+from bitladder.describe.windows import text_windows
 from bitladder.errors import BadFile, BitladderError
 from bitladder.files.checkpoint import CheckpointTensor
 from bitladder.files.describe_source import describe
@@ -74,6 +77,11 @@ def test_whatever_stands_where_a_number_belongs(tmp_path, name, value):
 def test_layers_without_end(tmp_path, layers):
     with pytest.raises(BadFile, match="block_count"):
         plan(write(tmp_path / "m.gguf", [u32("llama.block_count", layers)]))
+
+
+def test_a_context_of_nothing(tmp_path):
+    with pytest.raises(BadFile, match=r"context_length' is 0"):
+        plan(write(tmp_path / "m.gguf", [u32("llama.context_length", 0)]))
 
 
 def test_a_vocabulary_alone(tmp_path):
@@ -158,3 +166,10 @@ class TestContradictions:
 def test_figures_of_parts_are_found_in_parts():
     nested = {"thinker_config": {"text_config": {"hidden_size": 7}}, "hidden_size": 9}
     assert Config("m", nested).n_embd == 7
+
+
+def test_a_file_that_says_nothing_of_its_context(tmp_path):
+    model = describe(str(write(tmp_path / "m.gguf", []))).model
+    silent = replace(model, dims=replace(model.dims, n_ctx_train=0))
+    windows = text_windows([Document("words", "")], lambda _: [1] * 1000, silent)
+    assert [len(one.tokens) for one in windows] == [512, 488]

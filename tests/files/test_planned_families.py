@@ -119,7 +119,11 @@ def test_a_contradiction_is_one_message(tmp_path):
     tiny_configs.write_checkpoint("llama", tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    for change, match in (({"num_hidden_layers": 4}, "4 layers"), ({"intermediate_size": 128}, "down_proj|gate_proj")):
+    for change, match in (
+        ({"num_hidden_layers": 4}, "4 layers"),
+        ({"intermediate_size": 128}, "down_proj|gate_proj"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    ):
         path.write_text(json.dumps({**config, **change}))
         for read in (describe, resolve):  # a plan, and whatever would be made of it
             with pytest.raises(BadFile, match=match):

@@ -18,6 +18,7 @@ _TEXT = ("text_config", "llm_config", "language_config", "lm_config", "thinker_c
 _STATES = {"linear_attention", "lightning_attention"}
 """Kinds of layers that are called so and keep a state."""
 _FEEDS = {"mlp", "moe"}
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
 _WINDOWED = {"sliding_attention", "chunked_attention", "local_attention"}
 
 
@@ -153,8 +154,22 @@ class Config:
 
     @property
     def n_ctx(self) -> int:
-        """Tokens of context that the model was made for."""
-        return self.number("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
+        """Tokens of context that the model was made for; 0 when unsaid."""
+        return self.number(*_CONTEXT)
+
+    def check_context(self) -> None:
+        """Refuse a context of no tokens, which is no figure that is unsaid.
+
+        Raises:
+            BadFile: it says so.
+        """
+        said = next((key for key in _CONTEXT if self.values.get(key) == 0), None)
+        if said and not self.n_ctx:
+            raise BadFile(
+                f"config.json of {self.name}: {said} is 0, no length of a context.",
+                means="An engine would let such a model read nothing.",
+                do="Write there what the model was trained for, or fetch it again.",
+            )
 
     @property
     def n_expert(self) -> int:

@@ -34,6 +34,7 @@ def check_config(label: str, config: Mapping[str, Any], tensors: Sequence[Stored
         BadFile: they contradict each other, or a figure is absurd.
     """
     numbers = Config(label, config)
+    numbers.check_context()
     language = language_tensors(tensors)
     _check_layers(label, numbers, language)
     if not numbers.packed:

@@ -63,7 +63,7 @@ def dims_from_metadata(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo
         head_dim_k=keys.number("attention.key_length", head_dim),
         head_dim_v=keys.number("attention.value_length", head_dim),
         n_vocab=n_vocab,
-        n_ctx_train=keys.number("context_length", 0),
+        n_ctx_train=0 if keys.raw("context_length") is None else keys.number("context_length", smallest=1),
         n_expert=keys.number("expert_count", 0),
         n_expert_used=keys.number("expert_used_count", 0),
         sliding_window=keys.number("attention.sliding_window", 0),

@@ -24,9 +24,14 @@ class ModelDims:
     head_dim_v: int
     n_vocab: int
     n_ctx_train: int
+    """Tokens of context that the model was trained for; 0 where nothing says so."""
     n_expert: int = 0
     n_expert_used: int = 0
     sliding_window: int = 0
+
+    def context(self, n: int) -> int:
+        """So many tokens, or as many as the model was trained for where those are fewer."""
+        return min(n, self.n_ctx_train or n)
 
     @property
     def n_gqa(self) -> int:

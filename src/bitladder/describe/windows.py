@@ -160,7 +160,7 @@ def text_windows(
     """
     ids = [(document.name, tokenize(document.text)) for document in documents]
     bos = bos_in_front(model, [tokens for _, tokens in ids], bos)
-    windows = cut(ids, n=min(n, model.dims.n_ctx_train), bos=bos)
+    windows = cut(ids, n=model.dims.context(n), bos=bos)
     if not windows:
         longest = max((len(tokens) for _, tokens in ids), default=0)
         raise TooShort(

@@ -91,6 +91,7 @@ def of_checkpoint(
         UnknownArchitecture: there are no headers, and nobody knows the class.
     """
     numbers = Config(label, config)
+    numbers.check_context()
     row = _of_row(label, config, tensors, numbers)
     if row is not None and (not tensors or numbers.packed or _agree(row, tensors, numbers)):
         found = Described(row, label, basis=SizeBasis.ROW)

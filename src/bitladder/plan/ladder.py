@@ -159,7 +159,7 @@ def usable_context(model: Model, n_ctx: int | None) -> int:
         UsageError: the context asked for is not positive, or longer than the model was trained for.
     """
     if n_ctx is None:
-        return min(DEFAULT_CTX, model.dims.n_ctx_train or DEFAULT_CTX)
+        return model.dims.context(DEFAULT_CTX)
     check_context(model, n_ctx)
     return n_ctx
 

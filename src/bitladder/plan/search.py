@@ -142,8 +142,7 @@ def best_options(
 
 def fitting_wish(candidate: CatalogueCandidate, wish: Usage) -> Usage:
     """The wish with a context no longer than the model's."""
-    trained = candidate.model.dims.n_ctx_train
-    return replace(wish, n_ctx=min(wish.n_ctx, trained)) if trained else wish
+    return replace(wish, n_ctx=candidate.model.dims.context(wish.n_ctx))
 
 
 def what_would_give(

@@ -108,7 +108,7 @@ def _written(job: Job, seeds: Sequence[Seed], folder: Path, total: int, *, plain
     from bitladder.files.atomic import write_whole
     from bitladder.stages.forecast import forecast
 
-    n_ctx = min(_CONTEXT, job.source.model.dims.n_ctx_train)
+    n_ctx = job.source.model.dims.context(_CONTEXT)
     launch = Launch(job.source.path, n_ctx=n_ctx, n_parallel=_AT_A_TIME, threads=job.threads, chats=not plain)
     found: dict[str, OwnText] = {}
     done = total - len(seeds)
