@@ -180,9 +180,12 @@ def test_a_reference_whose_predictions_overflow_is_damaged(tmp_path: Path):
     model = tiny_models.make(CASES[FAMILY])
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight.fill_(3e38)
-    with GgufFile.open(tiny_models.write(CASES[FAMILY], model, tmp_path / "loud.gguf")) as source:
-        with pytest.raises(BadWeights, match="predictions of .* are not finite") as refused:
-            walk(source, [], windows_of(32))
+    path = tiny_models.write(CASES[FAMILY], model, tmp_path / "loud.gguf")
+    with (
+        GgufFile.open(path) as source,
+        pytest.raises(BadWeights, match=r"predictions of .* are not finite") as refused,
+    ):
+        walk(source, [], windows_of(32))
     assert "damaged" in refused.value.means and refused.value.do
 
 
