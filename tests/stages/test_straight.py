@@ -15,7 +15,7 @@ from bitladder.files import convert
 from bitladder.files.checkpoint_folder import fingerprint_of
 from bitladder.levels import parse_level
 from bitladder.stages import straight
-from bitladder.stages.job import Build, Work
+from bitladder.stages.job import Build, Work, opened
 from bitladder.stages.quantize import build_levels
 from tiny_checkpoints import run, tiny
 
@@ -178,3 +178,10 @@ def test_a_source_that_changes_meanwhile_is_refused_or_noticed(tmp_path, monkeyp
     with pytest.raises(UsageError):
         write(checkpoint, ["FP8-DYNAMIC"], tmp_path / "out")
     assert fingerprint_of(tmp_path / "out" / "tiny-FP8-DYNAMIC") == first
+
+
+def test_levels_are_named_after_the_folder_that_was_named(tmp_path, monkeypatch):
+    checkpoint, gguf = source("llama", tmp_path)
+    monkeypatch.setattr(convert, "convert_checkpoint", lambda *_: gguf.rename(gguf.with_name("first.gguf")))
+    with opened(str(checkpoint), Work()) as job:
+        assert (job.source.model.name, job.source.model.file_name) == (checkpoint.name, f"{checkpoint.name}.gguf")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -261,6 +261,8 @@ def opened(model: str, work: Work, *, warn: bool = True) -> Iterator[Job]:
     found = resolve(model, work.progress)
     with GgufFile.open(found.path) as source:
         source.model = decoded_from(source.model, found.origin)
+        if found.checkpoint:  # folders of equal content share a converted file, which has the name of the first
+            source.model = replace(source.model, name=found.label, file_name=f"{found.label}.gguf")
         if warn:
             work.journal.warn(*found.warnings)
         yield Job(**vars(work), source=source, found=found)
