@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import tiny_models
+from bitladder.cli.app import app
 from bitladder.errors import BadWeights, UsageError
 from bitladder.files import convert
 from bitladder.files.checkpoint_folder import fingerprint_of
@@ -185,3 +187,10 @@ def test_levels_are_named_after_the_folder_that_was_named(tmp_path, monkeypatch)
     monkeypatch.setattr(convert, "convert_checkpoint", lambda *_: gguf.rename(gguf.with_name("first.gguf")))
     with opened(str(checkpoint), Work()) as job:
         assert (job.source.model.name, job.source.model.file_name) == (checkpoint.name, f"{checkpoint.name}.gguf")
+
+
+def test_bits_say_which_weights_they_count(tmp_path):
+    """`inspect` and `plan` count all weights; what a walk reports are those of the layers that it quantized."""
+    checkpoint, _ = source("llama", tmp_path)
+    done = CliRunner().invoke(app, ["quantize", str(checkpoint), "--to", "FP8-DYNAMIC", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0 and "8.00 bits per weight of the quantized layers" in done.stderr

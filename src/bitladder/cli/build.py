@@ -273,7 +273,8 @@ def quantize(options: QuantizeOptions, json_output: JsonFlag = False) -> None:
         took = "was already there" if file.reused else f"{file.seconds:.1f} s"
         say(f"{file.path}  {human_bytes(file.bytes)}, {file.bpw:.2f} bits per weight, {took}")
     for report in built.checkpoints:
-        say(f"{report.path}  {human_bytes(report.bytes)}, {report.bpw:.2f} bits per weight, {report.seconds:.1f} s")
+        bits = f"{report.bpw:.2f} bits per weight of the quantized layers"  # bytes count what stays float, too
+        say(f"{report.path}  {human_bytes(report.bytes)}, {bits}, {report.seconds:.1f} s")
         for note in report.notes:
             say(f"  {note}")
 
