@@ -57,7 +57,7 @@ def test_every_checkpoint_format_says_what_it_is_for():
     assert all(len(form.about.split()) > 20 for form in FORMATS)
 
 
-@pytest.mark.parametrize("name", ["nonsense", "Q4", "", "Q4_K_XXL", "\x1b[31m"])
+@pytest.mark.parametrize("name", ["nonsense", "Q4", "", "Q4_K_XXL", "\x1b[31m", "GPTQ-4bit-g63", "FP8_X"])
 def test_what_is_no_name_is_refused_with_the_nearest(name):
     with pytest.raises(UnknownLevel):
         explain(name)

@@ -91,14 +91,14 @@ def explain(name: str) -> Explanation:
         UnknownLevel: none of them; the nearest level is suggested.
     """
     plain = name.strip()
-    method = re.split(r"[-_]", plain.upper())[0]
     try:
         return _level(parse_level(plain))
-    except UnknownLevel:
+    except UnknownLevel:  # "GPTQ-4bit" asks what GPTQ is; "GPTQ-4bit-g63" for a level that nothing runs
+        method = re.fullmatch(r"(\w+?)([-_]\d+BIT)?", plain.upper())
         if (qtype := QTYPES.get(plain.upper())) is not None:
             return _block(qtype)
-        if method in METHODS:
-            return _method(method)
+        if method and method[1] in METHODS:
+            return _method(method[1])
         raise
 
 
