@@ -142,6 +142,14 @@ class TestLevels:
         assert there["path"] == str(kept / "run.json") and gone["gone"]
         assert [one["served"] for one in (there, gone)] == [True, False]
 
+    def test_one_that_chose_nothing_is_not_served(self, kept):
+        nothing = dataclasses.replace(run_record().decision, quality=None, speed=None)
+        record = dataclasses.replace(run_record(), created="2027-01-02T03:04:05+00:00", decision=nothing)
+        at = write_run(record, kept / "later" / "run.json")
+        with Evidence.open() as store:
+            Recorded(store).keep_decision(SOURCE, StoredDecision(nothing, at, record.created, "m"))
+        assert not any(one["served"] for one in listed()["runs"])
+
 
 class TestClean:
     def test_without_a_yes_nothing_goes(self, kept):

@@ -20,6 +20,7 @@ from bitladder.serve.settings import ServeSettings
 from bitladder.stages.job import Work
 from bitladder.stages.known_files import model_sha256
 from bitladder.stages.measured_levels import LatestRun
+from ladder_examples import run_record
 from tiny_engine import TRAINED_CTX, write_tiny, write_tiny_with_head
 
 
@@ -226,6 +227,13 @@ def test_guesses_are_given_to_tiers_and_counted_and_a_strange_draft_is_refused(h
     assert own_engine(guessing, 1).settings.speculate == "mtp"
     assert "`--speculate mtp`" in bitladder("plan", heads).output.replace("\n", " ")
     assert "--speculate" not in bitladder("plan", "tiny-F16.gguf").output
+
+
+def test_that_a_run_chose_nothing_is_said_where_the_model_itself_is_served(here, monkeypatch, capsys):
+    latest = LatestRun(Decision("", None, None, (), ""), "today", here / "run.json", run_record())
+    monkeypatch.setattr("bitladder.stages.measured_levels.latest_run", lambda *_: latest)
+    assert tiers("tiny-F16.gguf").quality.level == "tiny-F16"
+    assert "run.json). It chose no level. The model is served as it is.\n" in capsys.readouterr().err
 
 
 def test_tiers_guess_as_the_run_decided_with_the_same_draft_and_file_alone(here):

@@ -268,7 +268,8 @@ def tiers_of(
     model = options.model
     quality, speed = _places("--quality", options.quality), _places("--speed", options.speed)
     run = _run_of(model, [*quality, *speed], work.progress)
-    if not quality and not speed and model is not None and _is_served_itself(model, run):
+    itself = not quality and not speed and model is not None and _is_served_itself(model, run)
+    if itself and model is not None:
         quality = (model,)
     elif not quality and not speed:
         if run is None or run.decision.quality is None:
@@ -280,7 +281,7 @@ def tiers_of(
         quality = (run.decision.quality,)
         speed = (run.decision.speed,) if run.decision.speed else ()
     if run is not None:
-        say(run.sentence)
+        say(f"{run.sentence} The model is served as it is." if itself else run.sentence)
     wanted = list(dict.fromkeys(places for places in (quality, speed) if places))
     # All that can be refused is refused before the first level is built.
     guesses = _guesses(options)

@@ -173,20 +173,21 @@ def _runs(known: _Known) -> tuple[KeptRun, ...]:
     """Runs, the newest first."""
     from bitladder.stages.measured_levels import latest_of
 
-    latest = {latest.path for source, stored in known.decisions.items() if (latest := latest_of(stored, source))}
-    found = [_run(path, record, path in latest) for path, record in known.records.items()]
+    found = (latest_of(stored, source) for source, stored in known.decisions.items())
+    latest = {one.path for one in found if one and one.decision.quality}
+    runs = [_run(path, record, path in latest) for path, record in known.records.items()]
     for source, stored in known.decisions.items():
         for one in stored:
             if one.run not in known.records:
                 decision, name = one.decision, known.names.get(source, source[:_SHOWN])
                 levels = tuple(verdict.level for verdict in decision.verdicts)
-                found.append(
+                runs.append(
                     KeptRun(
                         name, one.created, str(one.run), decision.bar, decision.quality, decision.speed, levels, 0,
                         gone=True, served=one.run in latest,
                     )
                 )  # fmt: skip
-    return tuple(sorted(found, key=lambda run: run.created, reverse=True))
+    return tuple(sorted(runs, key=lambda run: run.created, reverse=True))
 
 
 def _run(path: Path, record: RunRecord, served: bool) -> KeptRun:

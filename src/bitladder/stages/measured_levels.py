@@ -70,7 +70,8 @@ class LatestRun:
     def sentence(self) -> str:
         """Which run it is, and when it was made."""
         gone = "" if self.record else ", whose record is gone: the name 'auto' has no evidence to go by"
-        return f"The run of {self.created} ({self.path}){gone}."
+        chose = "" if self.decision.quality else " It chose no level."
+        return f"The run of {self.created} ({self.path}){gone}.{chose}"
 
     def is_about(self, level: str, sha256: str) -> bool:
         """Whether the run measured this very file as this level."""
