@@ -335,7 +335,9 @@ def test_the_reference_is_never_chosen():
     everything = [*fidelities(), fidelity("Q8_0", 0.0)]
     decision = decide(plan(levels=("F16",)), everything, results(), bar="kl < 0.1", reference="F16")
     assert (decision.quality, decision.speed) == (None, None)
-    assert "No level besides the reference" in decision.summary
+    assert decision.summary == "No level besides the reference was asked for."
+    poor = decide(plan(budget=1 << 20), everything, results(), bar="kl < 0.1", reference="F16")
+    assert "asked for" not in poor.summary
 
 
 def test_the_same_evidence_gives_the_same_decision_in_any_order():
@@ -442,6 +444,7 @@ def test_several_levels_give_chance_several_tries():
     crowd = status(fidelity("Q3_K_M", 0.5), fidelity("Q2_K", 0.9))
     assert statuses(crowd)["Q4_K_M"] == "cannot tell"
     assert "among 3 levels" in reason(crowd, "Q4_K_M")
+    assert any("name fewer levels" in step for step in crowd.next)
     # Holm: levels that are clearly under the limit cost the others nothing.
     clear = status(fidelity("Q8_0", 0.001), fidelity("Q6_K", 0.002))
     assert statuses(clear)["Q4_K_M"] == "speed tier"

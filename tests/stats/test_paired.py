@@ -97,7 +97,7 @@ def test_p_values_that_an_interval_tells():
     assert beyond(2.0, 1.959964) == pytest.approx(stats.norm.sf(2.0), rel=1e-6)
     assert beyond(0.0, 1.0, 5) == 0.5
     assert beyond(-1.0, 1.0, 11) == pytest.approx(0.975)
-    assert (beyond(0.1, 0.0), beyond(-0.1, 0.0)) == (0.0, 1.0)
+    assert (beyond(0.1, 0.0), beyond(0.0, 0.0), beyond(-0.1, 0.0)) == (0.0, 0.0, 1.0)
 
 
 def test_not_worse_says_what_its_interval_says():

@@ -155,11 +155,13 @@ def _corrected(judged: Sequence[Judged], reference: str | None) -> list[Judged]:
         if one.outcome != MET or adjusted.get(one.level, 0.0) <= FALSE_MEETS:
             return one
         worst = max(one.judgements, key=lambda each: each.p_value)
+        crowd = len(rivals) > 1
+        which = f", alone; among {len(rivals)} levels one" if crowd else "; it"
+        corrected = "corrected p" if crowd else "p"
         said = Judgement(
             UNKNOWN,
-            f"{worst.reason}, alone; among {len(rivals)} levels one comes this close by chance too often "
-            f"(corrected p = {adjusted[one.level]:.2g})",
-            f"more of what was measured, or name fewer levels ({len(rivals)} so far)",
+            f"{worst.reason}{which} comes this close by chance too often ({corrected} = {adjusted[one.level]:.2g})",
+            f"more of what was measured{f', or name fewer levels ({len(rivals)} so far)' if crowd else ''}",
         )
         return replace(one, judgements=tuple(said if each is worst else each for each in one.judgements))
 

@@ -200,6 +200,8 @@ def _nothing_chosen(bar: Bar, plan: Plan, outcome: Outcome, rivals: Sequence[Jud
         holding = ", ".join(one.level for one in rivals if one.outcome == MET)
         return f"No level was tested here. Of the models elsewhere, {holding or 'none'} holds the bar '{bar.text}'."
     rivals = here
+    if not rivals and len(plan.levels) < 2:
+        return "No level besides the reference was asked for."
     if not rivals:
         room = human_bytes(plan.budget_bytes)
         return f"No level besides the reference fits in {room} at a context of {plan.n_ctx} tokens."

@@ -60,10 +60,11 @@ def beyond(distance: float, half_width: float, freedom: float = math.inf) -> flo
 
     Args:
         distance: of the limit from the estimate, positive on the side where the claim holds.
-        half_width: of the interval, towards the limit; 0 for a value without error.
+        half_width: of the interval, towards the limit; 0 for a value without error, or at the end of its scale, where a
+            limit cannot lie beyond it.
         freedom: degrees of freedom of the interval's quantile.
     """
     if half_width <= 0:
-        return 0.0 if distance > 0 else 1.0
+        return 0.0 if distance >= 0 else 1.0
     quantile = float(stats.t.ppf(0.975, freedom))
     return float(stats.t.sf(distance / half_width * quantile, freedom))
