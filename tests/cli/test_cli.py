@@ -222,6 +222,28 @@ def test_the_command_that_a_run_writes_down_asks_for_the_same_run(options, monke
     assert wanted[0] == wanted[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--key-env", "KEY"], "--key-env is for endpoints"),
+        (["--key-file", "key.txt", "--reference", "Q8_0"], "--key-file is for endpoints"),
+        (["--rpm", "6"], "--rpm is for endpoints"),
+        (["--judge-model", "m", "--also", "http://127.0.0.1:1/v1#m"], "--judge-model is for a judge"),
+        (["--judge-key-env", "KEY"], "--judge-key-env is for a judge"),
+        (["--rpm", "nan", "--also", "http://127.0.0.1:1/v1#m"], "--rpm is nan"),
+    ],
+)
+def test_options_that_nothing_would_follow_are_refused(options, says):
+    for verb in ("run", "gate"):
+        shown = bitladder(verb, "absent.gguf", "--levels", "Q8_0", *options)
+        assert shown.exit_code == 2 and says in shown.stderr
+
+
+def test_bounds_let_no_nan_through(tmp_path):
+    shown = bitladder("sweep", str(tmp_path / "absent.yaml"), "--lease", "nan")
+    assert shown.exit_code == 2 and "--lease is nan" in shown.stderr
+
+
 def test_an_effort_that_is_none_is_told_before_any_work(tmp_path):
     for verb in (["run"], ["gate", "--levels", "Q8_0"], ["measure"], ["quantize", "--to", "Q8_0"]):
         shown = bitladder(verb[0], str(tmp_path / "absent.gguf"), *verb[1:], "--effort", "hard")

@@ -242,6 +242,16 @@ def test_the_judges_replies_are_paid_for_once(recorded):
         assert len(questions) == len(set(questions)) == 4
 
 
+def test_a_judge_that_nothing_asks_is_refused(recorded):
+    plain = Workload("plain", (one("apple", Criterion("contains", "apple")),))
+    with (
+        serving(lambda _: pytest.fail("asked")) as cloud,
+        pytest.raises(UsageError, match="nothing in the workload 'plain' asks one"),
+        criteria_help(plain, "", judge=settings(cloud), recorded=recorded),
+    ):
+        pass
+
+
 def test_a_judge_that_answers_nonsense_is_told(recorded):
     rubric = {"rubric": "r", "against": "none", "examples": []}
     judged = Workload("w", (one("apple", Criterion("judge", rubric)),))

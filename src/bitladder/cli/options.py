@@ -153,6 +153,7 @@ class RunOptions(WorkOptions):
         if self.full and self.within:
             raise UsageError("--full and --within contradict each other.", do="Leave out one of them.")
         also = [served_address(text) for text in self.also or ()]
+        self._check_addressed()
 
         def named(address: str) -> EndpointSettings:
             return endpoint_named(address, self.key_env, self.rpm, self.key_file)
@@ -181,6 +182,18 @@ class RunOptions(WorkOptions):
             within=None if not self.within else AUTO_TIME if self.within == AUTO_TIME else parse_duration(self.within),
             full=self.full,
         )
+
+    def _check_addressed(self) -> None:
+        """Refuse options about endpoints where none is named."""
+        elsewhere = self.judge or self.also or "://" in (self.reference or "")
+        about_any = {"--key-env": self.key_env, "--key-file": self.key_file, "--rpm": self.rpm}
+        about_judge = {"--judge-model": self.judge_model, "--judge-key-env": self.judge_key_env}
+        for options, named, kind, how in (
+            (about_judge, self.judge, "a judge", "--judge"),
+            (about_any, elsewhere, "endpoints", "--also, --reference or --judge"),
+        ):
+            if not named and (option := next((name for name, value in options.items() if value), "")):
+                raise UsageError(f"{option} is for {kind}.", do=f"Name one with {how}, or leave it out.")
 
     def _judge(self) -> EndpointSettings | None:
         if not self.judge:

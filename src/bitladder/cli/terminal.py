@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -15,7 +16,7 @@ from typer.core import TyperGroup
 
 from bitladder.cli.completion import model_names
 from bitladder.cli.ending import INTERRUPTED, say_stopped
-from bitladder.errors import BitladderError
+from bitladder.errors import BitladderError, UsageError
 from bitladder.progress import Progress, StepsOnly, silent
 from bitladder.records import to_json
 from bitladder.visible import console, on_one_line, takes_all, visible, visible_json
@@ -43,6 +44,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            _check_numbers(kwargs)
             return function(*args, **kwargs)
         except BitladderError as error:
             show_error(error, as_json=bool(kwargs.get("json_output")))
@@ -54,6 +56,13 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(0) from None  # the reader of our output went away: nothing is wrong with us
 
     return wrapped
+
+
+def _check_numbers(given: Mapping[str, Any]) -> None:
+    """Refuse what an option's bounds let through, because it compares with nothing, and infinities."""
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is no number.", do="Give a number.")
 
 
 def show_error(error: BitladderError, *, as_json: bool) -> None:

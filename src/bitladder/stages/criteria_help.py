@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitladder.errors import UsageError
 from bitladder.stages.endpoints import StoredEngine, recognised
 from bitladder.stages.job import Journal
 
@@ -39,7 +40,7 @@ def criteria_help(
         journal: hears how good the judge is on labelled examples.
 
     Raises:
-        UsageError: something that is needed was not given.
+        UsageError: something that is needed was not given, or a judge that nothing asks.
         BadWorkload: a function cannot be imported.
         WrongModel: the judge's endpoint does not serve the judge.
     """
@@ -49,10 +50,15 @@ def criteria_help(
     from bitladder.files.workloads import trusted_functions
     from bitladder.stages.evaluate import check_help
 
+    if judge is not None and "judge" not in workload.kinds:
+        raise UsageError(
+            f"A judge is named, and nothing in the workload '{workload.name}' asks one.",
+            do="Leave it out, or give a workload with a criterion 'judge'.",
+        )
     with ExitStack() as stack:
         functions = stack.enter_context(trusted_functions(workload, folder, trust=trust_python))
         asked = None
-        if judge is not None and "judge" in workload.kinds:
+        if judge is not None:
             endpoint = stack.enter_context(Endpoint(judge))
             endpoint.probe()
             journal = journal or Journal()
