@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from typer.core import TyperGroup
+from typer.models import OptionInfo
 
 from bitladder.cli.completion import model_names
 from bitladder.cli.ending import INTERRUPTED, say_stopped
@@ -44,7 +46,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            _check_numbers(kwargs)
+            _check_numbers(function, kwargs)
             return function(*args, **kwargs)
         except BitladderError as error:
             show_error(error, as_json=bool(kwargs.get("json_output")))
@@ -58,11 +60,20 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def _check_numbers(given: Mapping[str, Any]) -> None:
+def _check_numbers(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """Refuse what an option's bounds let through, because it compares with nothing, and infinities."""
     for name, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is no number.", do="Give a number.")
+            raise UsageError(f"{_option(function, name)} is {value}, which is no number.", do="Give a number.")
+
+
+def _option(function: Callable[..., Any], name: str) -> str:
+    """What a parameter of a verb is called on the command line."""
+    annotation = inspect.signature(function, eval_str=True).parameters[name].annotation
+    told = [info for info in getattr(annotation, "__metadata__", ()) if isinstance(info, OptionInfo)]
+    # typer keeps the first of an annotation's names where a default would stand
+    declared = [one for info in told for one in (info.default, *(info.param_decls or ())) if isinstance(one, str)]
+    return next((one for one in declared if one.startswith("--")), f"--{name.replace('_', '-')}")
 
 
 def show_error(error: BitladderError, *, as_json: bool) -> None:
