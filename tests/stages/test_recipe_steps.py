@@ -328,6 +328,15 @@ def test_notes_of_a_fitted_file_are_told_once_each():
     ]
 
 
+def test_a_levels_own_types_are_printed_without_any_text(tiny, monkeypatch):
+    """They depend on none; a tiny model has no tokenizer to read one by."""
+    monkeypatch.setattr(Job, "require_tokenizer", lambda _: None)
+    monkeypatch.setattr("bitladder.stages.recipe.recipe_texts", lambda *_: pytest.fail("a text was read"))
+    result = CliRunner().invoke(app, ["recipe", str(tiny), "--level", "Q4_K_M"])
+    assert result.exit_code == 0, result.output
+    assert "Q4_K_M" in result.output
+
+
 @pytest.mark.parametrize("name", ["GPTQ-Q9_K", "bpw0.5", "bpw99"])
 def test_names_of_fitted_levels_that_are_none(name, tiny):
     result = CliRunner().invoke(app, ["quantize", str(tiny), "--to", name])

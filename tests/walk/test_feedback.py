@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import tiny_models
+from bitladder import system
 from bitladder.describe.windows import Window
 from bitladder.errors import BadInput
 from bitladder.files.gguf import GgufFile
@@ -18,6 +19,7 @@ from bitladder.kernels.feedback import chunk_of, quantize_heads, quantize_with_f
 from bitladder.kernels.refine import refine
 from bitladder.kernels.scales import units_of
 from bitladder.records.recipe import Recipe
+from bitladder.stages import feedback as feedback_stage
 from bitladder.stages.feedback import method_name, write_with_feedback
 from bitladder.walk import keep
 from bitladder.walk.driver import Member, Observer, Stream
@@ -333,6 +335,10 @@ def test_a_killed_run_goes_on_at_its_layer(tiny, tmp_path, monkeypatch):
     recipe = _recipe(source, "Q4_0")
     whole = write_with_feedback(source, recipe, tmp_path / "whole", windows).file.path
     monkeypatch.setattr(keep, "SECONDS_BETWEEN", 0.0)
+    # systems read at most 2 GiB at a time, so what is longer is read in pieces; here it is a kilobyte
+    monkeypatch.setattr(feedback_stage, "_PIECE_BYTES", 1000)
+    read_at = system.read_at
+    monkeypatch.setattr(system, "read_at", lambda file, count, at: read_at(file, min(count, 1000), at))
     steps = []
 
     def killed_in_the_third_layer(what, done, _):

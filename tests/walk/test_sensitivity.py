@@ -132,6 +132,9 @@ def test_gradients_for_curvatures_alone_are_the_same(name, tmp_path):
     [head, *blocks, embedding] = found[CurvaturePass]
     np.testing.assert_array_equal(head.rows, found[SensitivityPass][0].rows)
     np.testing.assert_array_equal(embedding.curvature, found[SensitivityPass][-1].curvature)
+    # what each row costs, summed, and nothing more: who factors it shrinks it by its tokens
+    own = embedding.weights.sum(axis=0) / embedding.counts.sum()
+    np.testing.assert_allclose(embedding.curvature.diagonal(), own, rtol=1e-6)
     others = [one for one in found[SensitivityPass] if isinstance(one, HeadCurvature)]
     assert [one.name for one in blocks] == [one.name for one in others]
     for one, other in zip(blocks, others, strict=True):
